@@ -1,0 +1,148 @@
+"""What a dataset or an environment offers, and what a policy was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KINDS = ("position", "direction", "rotation", "scalar", "gripper")
+
+
+class IncompatibleFeatures(ValueError):
+    """A policy met data or an environment that does not offer what it was trained on."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One array of an observation, or the action, for a single step (no batch and no time axis).
+
+    Attributes:
+        shape: e.g. ``(15,)`` for a state, ``(1024, 3)`` for a point cloud, ``(3, 200, 200)`` for an image.
+        dtype: numpy's name, e.g. ``"float32"``.
+        unit: e.g. ``"m"``; ``"mixed"`` where elements differ.
+        names: one name per element of the last axis, where elements have names.
+        kinds: one of `KINDS` per element: how the element transforms when the scene is moved.
+        effector: end effector that each element belongs to (one name per element), empty for a single arm.
+        frame: coordinate frame of positions and directions, e.g. ``"world"``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    unit: str = ""
+    names: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    effector: tuple[str, ...] = ()
+    frame: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "names", "kinds", "effector"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        unknown = set(self.kinds) - set(KINDS)
+        if unknown:
+            raise ValueError(f"Unknown kind(s) of element {sorted(unknown)}; use {', '.join(KINDS)}.")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Everything a policy must agree on with its data and with the environment it acts in.
+
+    Attributes:
+        observations: per batch key (``observation.state`` …) its `Feature`.
+        action: the action of one control step.
+        action_semantics: one string of ``;``-separated parts: ``"relative|absolute; commanded|achieved; frame; gripper
+            convention"``, e.g. ``"relative; achieved; world; gripper +1 open -1 closed"``. The second part is provenance:
+            a difference there is reported, not refused.
+        control_rate: Hz.
+        cloud: the point cloud's recipe (`lightning_robot.points.CloudRecipe.to_dict`), None without clouds.
+        source: fingerprint of the simulator or recording: plain strings such as version, scene and renderer.
+    """
+
+    observations: dict[str, Feature]
+    action: Feature
+    action_semantics: str = ""
+    control_rate: float = 0.0
+    cloud: dict[str, Any] | None = None
+    source: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only: fit for JSON, for Zarr attributes and for a checkpoint read with `weights_only=True`."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Features:
+        values = dict(values)
+        values["observations"] = {key: Feature(**feature) for key, feature in values["observations"].items()}
+        values["action"] = Feature(**values["action"])
+        return cls(**values)
+
+
+def check_compatible(trained: Features, offered: Features, keys: tuple[str, ...] | None = None) -> list[str]:
+    """Refuses data or an environment that does not offer what the policy was trained on.
+
+    Args:
+        trained: features of the policy.
+        offered: features of the dataset or environment it meets.
+        keys: observation keys that the policy reads; all of `trained` when None.
+
+    Returns:
+        Sentences about differences that do not prevent acting (control rate, provenance of actions, simulator).
+
+    Raises:
+        IncompatibleFeatures: names every difference and the setting that resolves it.
+    """
+    errors, notes = [], []
+    for key in keys if keys is not None else tuple(trained.observations):
+        want, have = trained.observations.get(key), offered.observations.get(key)
+        if want is None:
+            errors.append(f"{key}: the policy reads it but was trained on {', '.join(trained.observations)}.")
+        elif have is None:
+            errors.append(
+                f"{key}: the policy needs it; offered are {', '.join(offered.observations)}. Store or render it, or train a "
+                "policy without it."
+            )
+        elif want.shape != have.shape and not _is_wider_cloud(key, want, have):
+            setting = (
+                "set the number of points of the environment or of the conversion" if "cloud" in key else "check the source"
+            )
+            errors.append(f"{key}: trained on shape {want.shape}, offered {have.shape}; {setting}.")
+        elif want.names and have.names and want.names != have.names:
+            errors.append(f"{key}: element names differ: trained on {want.names}, offered {have.names}.")
+        elif want.frame and have.frame and want.frame != have.frame:
+            errors.append(f"{key}: trained in frame {want.frame!r}, offered in {have.frame!r}.")
+    if trained.action.shape != offered.action.shape:
+        errors.append(f"action: trained on shape {trained.action.shape}, offered {offered.action.shape}.")
+    elif trained.action.names and offered.action.names and trained.action.names != offered.action.names:
+        errors.append(f"action: element names differ: trained on {trained.action.names}, offered {offered.action.names}.")
+    for index, (want, have) in enumerate(zip(_parts(trained), _parts(offered), strict=False)):
+        if want != have:
+            sentence = f"action semantics: trained on {want!r}, offered {have!r}"
+            if index == 1:
+                notes.append(f"{sentence} (recorded motion against command: expect a lag).")
+            else:
+                errors.append(f"{sentence}; choose the same action form in the environment or the conversion.")
+    if trained.cloud and offered.cloud and "observation.point_cloud" in (keys or trained.observations):
+        for name in sorted(set(trained.cloud) & set(offered.cloud)):
+            if trained.cloud[name] != offered.cloud[name]:
+                notes.append(f"point cloud {name}: trained with {trained.cloud[name]}, offered {offered.cloud[name]}.")
+    if trained.control_rate and offered.control_rate and trained.control_rate != offered.control_rate:
+        notes.append(f"control rate: trained at {trained.control_rate:g} Hz, offered {offered.control_rate:g} Hz.")
+    if errors:
+        raise IncompatibleFeatures("The policy does not fit:\n  " + "\n  ".join(errors))
+    return notes
+
+
+def _parts(features: Features) -> list[str]:
+    return [part.strip() for part in features.action_semantics.split(";")] if features.action_semantics else []
+
+
+def _is_wider_cloud(key: str, want: Feature, have: Feature) -> bool:
+    """A coloured cloud serves a policy that reads positions only."""
+    return "point_cloud" in key and want.shape[0] == have.shape[0] and want.shape[1] == 3 and have.shape[1] == 6
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
