@@ -1,0 +1,30 @@
+"""Plain lines once per run, and progress that stays readable in a log file."""
+
+import time
+
+from lightning_robot.console import duration, progress, say
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    say("first")
+    monkeypatch.setenv("RANK", "1")
+    say("second")
+    assert capsys.readouterr().out == "first\n"
+
+
+def test_progress_yields_everything_and_is_silent_for_short_work(capsys):
+    assert list(progress(range(5), description="counting")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_writes_plain_lines_with_rate_and_remaining_time(capsys):
+    for _ in progress(iter(range(4)), total=4, description="counting", unit="frames", interval=0.01):
+        time.sleep(0.02)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("counting: 1/4 frames, ") and lines[0].endswith("left")
+    assert lines[-1].startswith("counting: 4 frames done in")
+    assert not any("\r" in line for line in lines)
+
+
+def test_durations():
+    assert [duration(s) for s in (8, 250, 7500, 273600)] == ["8 s", "4 min 10 s", "2 h 5 min", "3 d 4 h"]
