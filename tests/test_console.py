@@ -21,7 +21,8 @@ def test_progress_writes_plain_lines_with_rate_and_remaining_time(capsys):
     for _ in progress(iter(range(4)), total=4, description="counting", unit="frames", interval=0.01):
         time.sleep(0.02)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("counting: 1/4 frames, ") and lines[0].endswith("left")
+    assert lines[0].startswith("counting: 1/4 frames, ")
+    assert lines[0].endswith("left")
     assert lines[-1].startswith("counting: 4 frames done in")
     assert not any("\r" in line for line in lines)
 
