@@ -1,0 +1,279 @@
+"""What every policy is: the acting protocol, and the LightningModule that learns from demonstrations."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_robot.console import say
+from lightning_robot.features import Features, check_compatible
+from lightning_robot.networks.noise import mix_seeds
+from lightning_robot.transforms.normalizer import Normalizer
+from lightning_robot.transforms.text import HashedTextEncoder
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """The slice of an episode that a policy trains on.
+
+    Attributes:
+        observation_steps: T, the newest observation included.
+        action_horizon: H, steps of the action chunk.
+        action_offset: step of the chunk's first action relative to the newest observation: DP3's chunk starts at the
+            window's first observation, ``-(T - 1)``; ACT's at the newest one, 0.
+        keys: observation keys that the policy reads.
+        pad_before: steps that a window may begin before its episode (the first frame is repeated).
+        pad_after: steps that a window may end after its episode (the last frame is repeated).
+    """
+
+    observation_steps: int
+    action_horizon: int
+    action_offset: int
+    keys: tuple[str, ...]
+    pad_before: int
+    pad_after: int
+
+
+class Policy(ABC):
+    """Maps a short history of observations to a chunk of actions; keeps no state between calls.
+
+    History, chunk queue and resets belong to `lightning_robot.evaluation.controller.Controller`.
+
+    Attributes:
+        observation_steps: T, observations per query.
+        action_horizon: H, actions that the network predicts.
+        execution_horizon: actions executed before the next query, unless the controller is told otherwise.
+        action_offset: see `Window`.
+        features: what the policy was trained on; set once the networks are built.
+    """
+
+    observation_steps: int
+    action_horizon: int
+    execution_horizon: int
+    action_offset: int = 0
+    features: Features
+
+    @property
+    @abstractmethod
+    def observation_keys(self) -> tuple[str, ...]:
+        """Keys of the observation that the policy reads."""
+
+    @property
+    def window(self) -> Window:
+        return Window(
+            observation_steps=self.observation_steps,
+            action_horizon=self.action_horizon,
+            action_offset=self.action_offset,
+            keys=self.observation_keys,
+            pad_before=self.observation_steps - 1,
+            pad_after=self.execution_horizon - 1,
+        )
+
+    @abstractmethod
+    def predict_action_chunk(
+        self,
+        observation: dict[str, Any],
+        *,
+        noise_seeds: Tensor | None = None,
+        num_samples: int = 1,
+        guidance: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Predicts actions in physical units.
+
+        Args:
+            observation: batch keys with axes (B, T, ...), T = `observation_steps`; ``task`` is a list of B strings.
+            noise_seeds: (B,) int64. The same seed and observation give the same row, whatever else is in the batch and
+                whatever the device. None draws seeds from torch's global generator.
+            num_samples: S, samples per row.
+            guidance: cost on the predicted actions that steers sampling, for policies that support it.
+
+        Returns:
+            (B, S, H', A) float32 with H' = `action_horizon` + `action_offset`; element 0 acts on the newest observation.
+        """
+
+
+class ImitationPolicy(Policy, LightningModule):
+    """A policy that learns from demonstrations: batch in, loss out; Lightning does the rest.
+
+    A subclass sets the horizons, calls ``self.save_hyperparameters(logger=False)`` in its own ``__init__`` (with arguments
+    ``features: dict | None = None`` and ``language: dict | None = None``), and implements `observation_keys`, `build`,
+    `compute_loss` and `predict_action_chunk`. The networks are built in `configure_model`, when the features are known: from
+    the data module at the first fit, from the hyper-parameters afterwards, so that a checkpoint alone is enough to act.
+
+    Attributes:
+        normalization: mode of the normaliser for each key: ``limits``, ``mean_std``, ``quantiles`` or ``identity``.
+        uses_task: whether the policy reads ``task_embedding``.
+        normalizer: physical units to the network's and back; float32 whatever the precision.
+    """
+
+    normalization: dict[str, str]
+    uses_task: bool = False
+    normalizer: Normalizer
+
+    @abstractmethod
+    def build(self) -> None:
+        """Creates the networks; `self.features` is known."""
+
+    @abstractmethod
+    def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the scalar loss and its named parts (detached scalars, may be empty)."""
+
+    def select_features(self, offered: Features) -> Features:
+        """What the policy keeps of the data's features: the keys it reads."""
+        missing = [key for key in self.observation_keys if key not in offered.observations]
+        if missing:
+            raise KeyError(
+                f"{type(self).__name__} reads {', '.join(missing)}, which the data does not offer. It offers "
+                f"{', '.join(offered.observations)}."
+            )
+        return replace(offered, observations={key: offered.observations[key] for key in self.observation_keys})
+
+    @property
+    def compilable(self) -> list[torch.nn.Module]:
+        """Networks that `torch.compile` may compile in place."""
+        return []
+
+    def configure_model(self) -> None:
+        if hasattr(self, "normalizer"):
+            return  # Lightning calls this again at validate, test and predict
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        fresh = self.hparams["features"] is None
+        if fresh:
+            if data is None or getattr(data, "features", None) is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not know its features. Fit it with a data module that offers them, or load "
+                    "a checkpoint with lightning_robot.policies.base.load_policy(path)."
+                )
+            self.hparams["features"] = self.select_features(data.features).to_dict()
+            if self.uses_task:
+                if data.language is None:
+                    raise ValueError(
+                        f"{type(self).__name__} is conditioned on the task, but the data names no task. Use language segments "
+                        "(data.init_args.segments: true), or switch the conditioning off."
+                    )
+                self.hparams["language"] = data.language
+        self.features = Features.from_dict(self.hparams["features"])
+        if data is not None and not fresh:
+            for note in check_compatible(self.features, data.features, self.observation_keys):
+                say(note)
+        self.build()
+        if fresh:
+            needed = tuple(key for key, mode in self.normalization.items() if mode != "identity")
+            self.normalizer = Normalizer(data.statistics(needed), self.normalization)
+        else:
+            self.normalizer = Normalizer.from_features(self.features, self.normalization)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self._logged_loss(batch, "train")
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self._logged_loss(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self._logged_loss(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.predict_action_chunk(batch, noise_seeds=self.window_seeds(batch))
+
+    def _logged_loss(self, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> Tensor:
+        loss, parts = self.compute_loss(batch)
+        values = {f"{stage}/loss": loss.detach()} | {f"{stage}/{name}": part for name, part in parts.items()}
+        self.log_dict(values, batch_size=len(batch["action"]), on_step=stage == "train", sync_dist=stage != "train")
+        return loss
+
+    def window_seeds(self, batch: dict[str, Any]) -> Tensor:
+        """(B,) int64 seeds from the run's seed, the epoch and each row's window: nothing hangs on a generator's state.
+
+        Outside training the epoch counts as 0, so that validation losses of different epochs compare.
+        """
+        epoch = self.trainer.current_epoch + 1 if self.training else 0
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return mix_seeds(seed, epoch, batch["episode_index"], batch["segment_index"], batch["frame_index"])
+
+    def task_embedding(self, observation: dict[str, Any]) -> Tensor:
+        """(B, E) float32: the batch's ``task_embedding``, or the saved table's vectors for its ``task`` sentences.
+
+        Raises:
+            KeyError: a sentence is not in the table, and the table's encoder cannot be run here.
+        """
+        if "task_embedding" in observation:
+            return observation["task_embedding"]
+        if "task" not in observation:
+            raise KeyError(f"{type(self).__name__} is conditioned on the task: give it 'task' or 'task_embedding'.")
+        language = self.hparams["language"]
+        rows = {text: row for row, text in enumerate(language["texts"])}
+        vectors = []
+        for text in observation["task"]:
+            if text in rows:
+                vectors.append(torch.as_tensor(language["embeddings"][rows[text]], dtype=torch.float32))
+            elif language["encoder"] == HashedTextEncoder.name:
+                vectors.append(torch.from_numpy(HashedTextEncoder().encode([text])[0]))
+            else:
+                raise KeyError(
+                    f"No sentence vector for {text!r}: the checkpoint's table holds {len(rows)} sentences of the encoder "
+                    f"{language['encoder']!r}. Use one of them, or pass 'task_embedding'."
+                )
+        return torch.stack(vectors).to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["format"] = CHECKPOINT_FORMAT
+        checkpoint["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = f"{type(self).__module__}.{type(self).__qualname__}"
+        if checkpoint.get("class_path", own) != own:
+            raise ValueError(f"The checkpoint is of {checkpoint['class_path']}, the model here is {own}.")
+
+
+def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, device: str | torch.device = "cpu") -> Policy:
+    """Loads a policy from a checkpoint alone: no data, no configuration.
+
+    Args:
+        path: a checkpoint written by this project's training.
+        weights: averaged or raw weights; None takes the averaged ones where there are any.
+        device: where the policy goes.
+
+    Returns:
+        The policy in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file; names what lies beside it.
+        ValueError: the file is no checkpoint of this project, or of another format, or lacks the wanted weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(item.name for item in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "class_path" not in checkpoint or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of format {CHECKPOINT_FORMAT} of this project (it holds "
+            f"{', '.join(sorted(checkpoint)[:8])}). Checkpoints of the original DP3 load with "
+            "lightning_robot.policies.original_dp3.load_original_dp3(path)."
+        )
+    module, _, name = checkpoint["class_path"].rpartition(".")
+    policy_class = getattr(import_module(module), name)
+    if not (isinstance(policy_class, type) and issubclass(policy_class, Policy)):
+        raise ValueError(f"{path} names the class {checkpoint['class_path']}, which is no policy.")
+    arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
+    policy = policy_class(**arguments)
+    policy.configure_model()
+    state = dict(checkpoint["state_dict"])
+    averaged = checkpoint.get("ema_state_dict")
+    if weights == "ema" and averaged is None:
+        raise ValueError(f"{path} holds no averaged weights; load it with weights='raw'.")
+    if averaged is not None and weights != "raw":
+        state.update(averaged)
+    policy.load_state_dict(state)
+    return policy.to(device).eval()
