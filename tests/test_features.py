@@ -1,0 +1,79 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from lightning_robot.features import Feature, Features, IncompatibleFeatures, check_compatible
+
+
+@pytest.fixture
+def features():
+    return Features(
+        observations={
+            "observation.state": Feature((2,), names=("x", "gripper"), kinds=("position", "gripper"), frame="world"),
+            "observation.point_cloud": Feature((64, 3), unit="m", frame="world"),
+        },
+        action=Feature((2,), names=("x", "gripper")),
+        action_semantics="relative; commanded; world; gripper +1 open -1 closed",
+        control_rate=30.0,
+        cloud={"points": 64},
+    )
+
+
+def with_observation(features, key, **changes):
+    return replace(features, observations=features.observations | {key: replace(features.observations[key], **changes)})
+
+
+def test_features_survive_json(features):
+    assert Features.from_dict(json.loads(json.dumps(features.to_dict()))) == features
+
+
+def test_equal_features_are_compatible(features):
+    assert check_compatible(features, features) == []
+
+
+def test_missing_key_is_named_with_what_is_offered(features):
+    offered = replace(features, observations={"observation.state": features.observations["observation.state"]})
+    with pytest.raises(IncompatibleFeatures, match=r"observation\.point_cloud.*offered are observation\.state"):
+        check_compatible(features, offered)
+    assert check_compatible(features, offered, keys=("observation.state",)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("observation.state", {"shape": (3,), "names": ()}, r"trained on shape \(2,\), offered \(3,\)"),
+        ("observation.state", {"names": ("gripper", "x")}, "element names differ"),
+        ("observation.state", {"frame": "base"}, "'world', offered in 'base'"),
+        ("observation.point_cloud", {"shape": (32, 3)}, "set the number of points"),
+    ],
+)
+def test_differences_are_refused_by_name(features, key, changes, message):
+    with pytest.raises(IncompatibleFeatures, match=message):
+        check_compatible(features, with_observation(features, key, **changes))
+
+
+def test_coloured_cloud_serves_a_policy_without_colours(features):
+    coloured = with_observation(features, "observation.point_cloud", shape=(64, 6))
+    assert check_compatible(features, coloured) == []
+    with pytest.raises(IncompatibleFeatures):
+        check_compatible(coloured, features)
+
+
+def test_action_form_is_refused_and_provenance_noted(features):
+    absolute = replace(features, action_semantics=features.action_semantics.replace("relative", "absolute"))
+    with pytest.raises(IncompatibleFeatures, match="trained on 'relative', offered 'absolute'"):
+        check_compatible(features, absolute)
+    achieved = replace(features, action_semantics=features.action_semantics.replace("commanded", "achieved"))
+    assert "recorded motion against command" in check_compatible(features, achieved)[0]
+
+
+def test_rate_and_cloud_recipe_are_noted(features):
+    notes = check_compatible(features, replace(features, control_rate=10.0, cloud={"points": 32}))
+    assert any("30 Hz" in note for note in notes)
+    assert any("point cloud points" in note for note in notes)
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="Unknown kind"):
+        Feature((1,), kinds=("angle",))
