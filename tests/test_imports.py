@@ -22,7 +22,7 @@ ROOMS = {
     "cli": None,
     "__main__": None,
     "__init__": set(),
-    **{leaf: LEAVES for leaf in LEAVES},
+    **dict.fromkeys(LEAVES, LEAVES),
 }
 FORBIDDEN_PACKAGES = {
     "networks": {"lightning", "mujoco", "zarr", "diffusers", "transformers"},
