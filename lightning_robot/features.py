@@ -146,3 +146,77 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+CALVIN_STATE = (
+    "tcp_x",
+    "tcp_y",
+    "tcp_z",
+    "tcp_roll",
+    "tcp_pitch",
+    "tcp_yaw",
+    "gripper_width",
+    *(f"joint_{number}" for number in range(1, 8)),
+    "gripper_command",
+)
+CALVIN_SCENE = (
+    *("slider", "drawer", "button", "switch", "bulb", "led"),
+    *(f"{color}_block_{part}" for color in ("red", "blue", "pink") for part in ("x", "y", "z", "roll", "pitch", "yaw")),
+)
+CALVIN_ACTION = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
+
+def calvin_features(
+    points: int = 0,
+    colors: bool = False,
+    cloud: dict[str, Any] | None = None,
+    *,
+    relative: bool = True,
+    provenance: str = "commanded",
+    cameras: dict[str, tuple[int, int]] | None = None,
+    depth_cameras: dict[str, tuple[int, int]] | None = None,
+    environment_state: bool = False,
+    source: dict[str, str] | None = None,
+) -> Features:
+    """Features of CALVIN's recordings and of environments that follow its conventions: 30 Hz, world frame, one arm.
+
+    Args:
+        points: points of the cloud, 0 for none.
+        colors: whether points have red, green and blue in 0 to 1.
+        cloud: the recipe, `lightning_robot.points.CloudRecipe.to_dict`.
+        relative: scaled pose differences (0.02 m and 0.05 rad per unit); else the next absolute pose.
+        provenance: "achieved" where actions are differences of recorded poses (CALVIN's own), "commanded" where they were sent.
+        cameras: colour pictures by camera name, (height, width).
+        depth_cameras: depth pictures by camera name, (height, width).
+        environment_state: whether the scene's privileged state is offered (blocks in the order red, blue, pink).
+        source: see `Features`.
+    """
+    if provenance not in ("achieved", "commanded"):
+        raise ValueError(f"provenance {provenance!r}: use 'achieved' or 'commanded'.")
+    kinds = ("position",) * 3 + ("rotation",) * 3 + ("scalar",) * 8 + ("gripper",)
+    observations = {
+        "observation.state": Feature((15,), unit="m, rad", names=CALVIN_STATE, kinds=kinds, frame="world"),
+    }
+    if points:
+        observations["observation.point_cloud"] = Feature((points, 6 if colors else 3), unit="m", frame="world")
+    for name, size in (cameras or {}).items():
+        observations[f"observation.images.{name}"] = Feature((3, *size), dtype="uint8")
+    for name, size in (depth_cameras or {}).items():
+        observations[f"observation.depth.{name}"] = Feature((1, *size), unit="m")
+    if environment_state:
+        pose = ("position",) * 3 + ("rotation",) * 3
+        observations["observation.environment_state"] = Feature(
+            (24,), unit="m, rad", names=CALVIN_SCENE, kinds=("scalar",) * 6 + pose * 3, frame="world"
+        )
+    # A displacement turns with the scene but does not move with it: a direction, not a position.
+    kinds = ("direction" if relative else "position",) * 3 + ("rotation",) * 3 + ("gripper",)
+    action = Feature((7,), unit="" if relative else "m, rad", names=CALVIN_ACTION, kinds=kinds, frame="world")
+    form = "relative" if relative else "absolute"
+    return Features(
+        observations=observations,
+        action=action,
+        action_semantics=f"{form}; {provenance}; world; gripper +1 open -1 closed",
+        control_rate=30.0,
+        cloud=cloud if points else None,
+        source=dict(source or {}),
+    )
