@@ -342,6 +342,7 @@ def _paraphrases() -> dict[str, tuple[str, ...]]:
             "put the object in the cabinet",
             "place the block you hold inside the sliding cabinet",
             "set the held block down behind the sliding door",
+            "store the block in the cabinet",
         ),
         "place_in_drawer": (
             "put the object in the drawer",
@@ -352,6 +353,7 @@ def _paraphrases() -> dict[str, tuple[str, ...]]:
             "put the block you hold on top of another block",
             "place the held block onto another one",
             "build a tower with the block in the gripper",
+            "stack the block you hold on another block",
         ),
         "unstack_block": (
             "collapse the stacked blocks",
@@ -362,6 +364,7 @@ def _paraphrases() -> dict[str, tuple[str, ...]]:
             "push a block over the edge into the open drawer",
             "sweep the block from the table into the drawer",
             "let a block fall into the drawer by pushing it",
+            "slide a block until it falls into the drawer",
         ),
     }
     for color in ("red", "blue", "pink"):

@@ -84,6 +84,16 @@ def test_every_task_has_sentences():
     assert all(len(PARAPHRASES[task]) >= (4 if task in BLOCK_FREE_TASKS else 2) for task in TASKS)
 
 
+def test_an_evaluation_sentence_is_nearest_to_training_sentences_of_its_own_task():
+    from lightning_robot.transforms.text import HashedTextEncoder
+
+    encoder = HashedTextEncoder()
+    training = [(task, text) for task, texts in PARAPHRASES.items() for text in texts]
+    similarity = encoder.encode(list(SENTENCES.values())) @ encoder.encode([text for _, text in training]).T
+    nearest = [training[index][0] for index in similarity.argmax(axis=1)]
+    assert nearest == list(SENTENCES)
+
+
 def test_a_test_costs_microseconds():
     start, now = _info(), _info()
     begin = time.perf_counter()
