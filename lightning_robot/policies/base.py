@@ -170,7 +170,9 @@ class ImitationPolicy(Policy, LightningModule):
         self.build()
         if fresh:
             needed = tuple(key for key, mode in self.normalization.items() if mode != "identity")
-            self.normalizer = Normalizer(data.statistics(needed), self.normalization)
+            names = {key: feature.names for key, feature in self.features.observations.items()}
+            names["action"] = self.features.action.names
+            self.normalizer = Normalizer(data.statistics(needed), self.normalization, names)
         else:
             self.normalizer = Normalizer.from_features(self.features, self.normalization)
 
