@@ -348,6 +348,7 @@ def _paraphrases() -> dict[str, tuple[str, ...]]:
             "put the object in the drawer",
             "place the block you hold inside the drawer",
             "let the held block down into the drawer",
+            "store the block in the drawer",
         ),
         "stack_block": (
             "put the block you hold on top of another block",
