@@ -6,6 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ SIZE = 384
 """As wide as CALVIN's own sentence vectors, so that the same policy takes either."""
 
 FILLERS = frozenset(
-    "a an and are at be by do go has it its of please so some such that the then this to until when with you your".split()
+    """a an and are at be by do go has it its of please so some such that the then this to until when with you your""".split()  # noqa: SIM905
 )
 """Words that hardly distinguish instructions. "on", "off", "in", "out", "left", "up" … do and are not among them."""
 
@@ -89,7 +90,7 @@ def _encode(text: str) -> np.ndarray:
         for piece in pieces:
             _add(vector, f"letters {piece}", weight * SPELLING_WEIGHT / len(pieces) ** 0.5)
     content = [word for word in words if word not in FILLERS]
-    for pair in zip(content, content[1:]):
+    for pair in pairwise(content):
         _add(vector, "pair " + " ".join(pair), PAIR_WEIGHT)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
