@@ -355,11 +355,13 @@ def _paraphrases() -> dict[str, tuple[str, ...]]:
             "place the held block onto another one",
             "build a tower with the block in the gripper",
             "stack the block you hold on another block",
+            "stack the held block onto another block",
         ),
         "unstack_block": (
             "collapse the stacked blocks",
             "take the upper block off the tower",
             "knock the top block down from the stack",
+            "remove the block that is stacked on another",
         ),
         "push_into_drawer": (
             "push a block over the edge into the open drawer",

@@ -1,0 +1,200 @@
+"""One attempted demonstration: an expert acts in an environment, and what was seen and commanded becomes one file.
+
+An environment from which demonstrations are generated offers, beside Gymnasium's API, on ``env.unwrapped``:
+
+    features       `Features` of its observations and its action
+    fingerprint    dict of strings: simulator, version, scene, ...
+    task_sentence(task) -> str              the sentence that the task is evaluated with
+    task_paraphrases(task) -> tuple[str]    sentences to train with; optional, the evaluation sentence otherwise
+    expert(rng) -> object with act() -> action    a scripted expert for the task of the last reset
+
+``reset(seed=..., options={"task": ...})`` starts an episode, and ``info`` tells ``success`` and, at the end, ``failure``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import zipfile
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+import gymnasium
+import numpy as np
+
+from lightning_robot.envs import make_environment
+
+_EXPERT, _NOISE, _TEXT = 1, 2, 3  # streams of random numbers of an episode, beside the environment's own
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is known of an attempted episode beside its arrays.
+
+    Attributes:
+        seed: fixes scene, expert, noise and sentence.
+        task: id of the task.
+        text: sentence that the demonstration is labelled with.
+        length: recorded steps.
+        success: whether the task was solved.
+        failure: why not; empty after a success.
+    """
+
+    seed: int
+    task: str
+    text: str
+    length: int
+    success: bool
+    failure: str
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What every attempt of a generation has in common, in plain values (it travels to worker processes)."""
+
+    folder: str
+    environment: str
+    arguments: dict[str, Any]
+    noise: float
+    hold: int
+
+    def make(self) -> gymnasium.Env:
+        return make_environment(self.environment, **self.arguments)
+
+
+def run_episode(
+    env: gymnasium.Env, task: str, seed: int, *, noise: float = 0.0, hold: int = 0
+) -> tuple[Attempt, dict[str, np.ndarray]]:
+    """Lets the environment's expert attempt a task once.
+
+    Step t holds the observation and the expert's command for it. With `noise` the command is executed with Gaussian noise
+    and recorded without it, so that demonstrations show how to come back to the path (DART: Laskey et al., "DART: Noise
+    Injection for Robust Imitation Learning", 2017).
+
+    Args:
+        env: an environment as described at the top of this file.
+        task: id of the task.
+        seed: of the episode.
+        noise: standard deviation in the units of the action; grippers are left alone.
+        hold: steps recorded after success, for which the expert carries its motion through.
+
+    Returns:
+        The attempt, and per batch key an array (length, ...) of the dtype that the environment's features name.
+    """
+    source: Any = env.unwrapped
+    features = source.features
+    observation, info = env.reset(seed=seed, options={"task": task})
+    expert = source.expert(np.random.default_rng((seed, _EXPERT)))
+    noise_rng = np.random.default_rng((seed, _NOISE))
+    perturbed = np.array([kind != "gripper" for kind in features.action.kinds] or [True] * features.action.shape[-1])
+    steps: list[tuple[dict[str, Any], np.ndarray]] = []
+    success, remaining = False, hold
+    while True:
+        command = np.array(expert.act(), dtype=features.action.dtype)
+        steps.append(({key: np.array(observation[key]) for key in features.observations}, command))
+        executed = command
+        if noise > 0:
+            executed = command + (noise * perturbed * noise_rng.standard_normal(command.shape)).astype(command.dtype)
+            space = env.action_space
+            if isinstance(space, gymnasium.spaces.Box):
+                executed = np.clip(executed, space.low, space.high)
+        observation, _, terminated, truncated, info = env.step(executed)
+        if success or info["success"]:
+            success, remaining = True, remaining - 1
+            if remaining < 0 or truncated:
+                break
+        elif terminated or truncated:
+            break
+    failure = "" if success else str(info.get("failure") or "not solved")
+    arrays = {
+        key: np.stack([step[0][key] for step in steps]).astype(feature.dtype, copy=False)
+        for key, feature in features.observations.items()
+    }
+    arrays["action"] = np.stack([step[1] for step in steps])
+    texts = task_texts(env, task)
+    text = texts[int(np.random.default_rng((seed, _TEXT)).integers(len(texts)))]
+    return Attempt(seed, task, text, len(steps), success, failure), arrays
+
+
+def task_texts(env: gymnasium.Env, task: str) -> tuple[str, ...]:
+    """Sentences that demonstrations of the task are labelled with."""
+    source: Any = env.unwrapped
+    if hasattr(source, "task_paraphrases"):
+        return tuple(source.task_paraphrases(task))
+    return (source.task_sentence(task),)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+
+
+def attempt_file(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:09d}.npz"
+
+
+def write_attempt(path: Path, attempt: Attempt, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an attempt aside and renames it; the arrays of a failure are not kept."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.writestr("attempt.json", json.dumps(asdict(attempt)))
+            for key, array in arrays.items() if attempt.success else ():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_attempt(path: Path) -> Attempt | None:
+    """The attempt without its arrays; None for a file that is not whole (it will be recorded again)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return Attempt(**json.loads(archive.read("attempt.json")))
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, EOFError):
+        return None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a successful attempt by batch key."""
+    with zipfile.ZipFile(path) as archive:
+        return {name[:-4]: _read_array(archive.open(name)) for name in archive.namelist() if name.endswith(".npy")}
+
+
+def _read_array(file: IO[bytes]) -> np.ndarray:
+    with file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+# --- the work, here or in a worker process ---------------------------------------------------------------------------------
+
+
+def attempt_episode(env: gymnasium.Env, recording: Recording, task: str, seed: int) -> Attempt:
+    """Runs and stages one episode. An exception inside it makes a failed attempt, named after the exception."""
+    try:
+        attempt, arrays = run_episode(env, task, seed, noise=recording.noise, hold=recording.hold)
+    except (MemoryError, OSError):  # trouble of the machine, not of the episode: another time it may go well
+        raise
+    except Exception as error:
+        attempt, arrays = Attempt(seed, task, "", 0, False, f"{type(error).__name__}: {error}"), {}
+    write_attempt(attempt_file(Path(recording.folder), seed), attempt, arrays)
+    return attempt
+
+
+def serve(descriptor: int) -> None:
+    """What a worker process does: receives a `Recording`, then (task, seed) pairs; answers each with its `Attempt`.
+
+    Ends when the other side closes the connection, also because that process was killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection: Connection = Connection(descriptor)
+    try:
+        recording = Recording(**connection.recv())
+        env = recording.make()
+        while True:
+            task, seed = connection.recv()
+            connection.send(attempt_episode(env, recording, task, seed))
+    except (EOFError, ConnectionError, FileNotFoundError):  # a killed parent; its successor may have packed the folder away
+        return

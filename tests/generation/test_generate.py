@@ -1,0 +1,213 @@
+"""Demonstrations from an expert: what is recorded, and that the store depends on the settings alone."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_robot.data.store import EpisodeStore
+from lightning_robot.generation.attempts import Attempt, read_arrays, read_attempt, run_episode, write_attempt
+from lightning_robot.generation.generate import GenerationError, generate
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _fake_environment(monkeypatch):
+    """Gymnasium imports the module in front of the colon, here and in worker processes."""
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+SETTINGS = {"env": "fake_expert_env:Reach-v0", "episodes_per_task": 5, "processes": 1}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Of every file's bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_demonstrations_become_a_store(tmp_path, capsys):
+    store = EpisodeStore.open(generate(tmp_path / "reach.zarr", **SETTINGS))
+    assert store.num_episodes == 10
+    assert set(store.keys) == {"observation.state", "observation.point_cloud", "observation.images.static", "action"}
+    assert store.shape("observation.images.static")[1:] == (4, 4, 3)
+    assert store.features.action_semantics.startswith("relative; commanded")
+    assert not (tmp_path / "reach.zarr.partial").exists()
+
+    segments, language = store.segments, store.language
+    np.testing.assert_array_equal(segments[:, 1], store.episode_ends)
+    assert language["encoder"] == "hashed_ngrams_384"
+    assert language["embeddings"].shape == (len(language["texts"]), 384)
+    assert {"go left", "go right"} <= set(language["texts"])
+    counts = dict.fromkeys(("left", "right"), 0)
+    for start, end, text in segments:
+        task = language["tasks"][text]
+        counts[task] += 1
+        state = store.read("observation.state", slice(start, end))
+        assert np.linalg.norm(state[-1] - [-1 if task == "left" else 1, 0]) < 0.2
+        assert not language["texts"][text].startswith("go "), "evaluation sentences are kept for evaluation"
+    assert counts == {"left": 5, "right": 5}
+
+    provenance = store.provenance
+    assert provenance["simulator"] == {"simulator": "reach 1"}
+    # left attempts have the seeds 0, 2, 4, ...: 0 and 8 are blocked
+    assert provenance["expert"] == {"left": {"attempted": 7, "solved": 5}, "right": {"attempted": 5, "solved": 5}}
+    assert provenance["seeds"] == [1, 2, 3, 4, 5, 6, 7, 9, 10, 12]
+    assert "left: expert solved 5 of 7" in capsys.readouterr().out
+
+
+def test_the_command_is_recorded_for_the_observation_it_was_made_for():
+    import fake_expert_env
+    import gymnasium
+
+    env = gymnasium.make("Reach-v0", disable_env_checker=True)
+    attempt, arrays = run_episode(env, "right", 3, hold=2)
+    speed = np.random.default_rng((3, 1)).uniform(0.5, 1.0)
+    expected = np.clip(np.array([1.0, 0.0]) - arrays["observation.state"], -speed, speed)
+    np.testing.assert_allclose(arrays["action"][:, :2], expected, atol=1e-6)
+    assert attempt.success
+    assert attempt.length == len(arrays["action"])
+    distance = np.linalg.norm(arrays["observation.state"] - [1, 0], axis=1)
+    assert (distance < 0.2).tolist() == [False] * (attempt.length - 2) + [True, True], "two steps are held after success"
+    assert issubclass(fake_expert_env.ReachEnv, gymnasium.Env)
+
+
+def test_noise_is_executed_and_not_recorded():
+    import fake_expert_env  # noqa: F401
+    import gymnasium
+
+    env = gymnasium.make("Reach-v0", disable_env_checker=True)
+    _, clean = run_episode(env, "right", 3)
+    _, noisy = run_episode(env, "right", 3, noise=0.2)
+    np.testing.assert_array_equal(clean["observation.state"][0], noisy["observation.state"][0])
+    np.testing.assert_array_equal(clean["action"][0], noisy["action"][0])
+    assert np.abs(clean["observation.state"][1] - noisy["observation.state"][1]).max() > 1e-3
+    speed = np.random.default_rng((3, 1)).uniform(0.5, 1.0)
+    toward = np.array([1.0, 0.0]) - noisy["observation.state"]
+    np.testing.assert_allclose(noisy["action"][:, :2], np.clip(toward, -speed, speed), atol=1e-6)
+    assert (noisy["action"][:, 2] == 1).all()
+
+
+def test_processes_and_repetition_do_not_change_a_byte(tmp_path):
+    one = generate(tmp_path / "one" / "reach.zarr", **SETTINGS)
+    two = generate(tmp_path / "two" / "reach.zarr", **{**SETTINGS, "processes": 2})
+    assert _hashes(one) == _hashes(two)
+    assert EpisodeStore.open(one).fingerprint == EpisodeStore.open(two).fingerprint
+    other = generate(tmp_path / "other" / "reach.zarr", **{**SETTINGS, "seed": 100})
+    assert EpisodeStore.open(one).fingerprint != EpisodeStore.open(other).fingerprint
+
+
+def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path):
+    expected = generate(tmp_path / "whole" / "reach.zarr", **{**SETTINGS, "episodes_per_task": 40})
+    store = tmp_path / "killed" / "reach.zarr"
+    partial = store.with_name("reach.zarr.partial")
+    program = (
+        f"from lightning_robot.generation.generate import generate; generate({str(store)!r}, env={SETTINGS['env']!r}, "
+        "episodes_per_task=40, processes=2)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    kills = 0
+    for staged in (3, 30, 75):
+        process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((partial / "episodes").glob("*.npz"))) >= staged:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.001)
+        process.wait()
+    assert kills >= 2
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert _hashes(store) == _hashes(expected)
+    assert not partial.exists()
+
+
+def test_an_interrupted_packing_continues(tmp_path, monkeypatch):
+    expected = generate(tmp_path / "whole" / "reach.zarr", **SETTINGS)
+    store = tmp_path / "cut" / "reach.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "lightning_robot.data.store.StoreWriter.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
+        with pytest.raises(KeyboardInterrupt):
+            generate(store, **SETTINGS)
+    assert not store.exists()
+    generate(store, **SETTINGS)
+    assert _hashes(store) == _hashes(expected)
+
+
+def test_a_damaged_attempt_is_recorded_again(tmp_path):
+    path = tmp_path / "000000007.npz"
+    write_attempt(path, Attempt(7, "left", "walk left", 1, True, ""), {"action": np.ones((1, 3), np.float32)})
+    assert read_attempt(path).text == "walk left"
+    np.testing.assert_array_equal(read_arrays(path)["action"], np.ones((1, 3), np.float32))
+    path.write_bytes(path.read_bytes()[:100])
+    assert read_attempt(path) is None
+
+
+def test_a_worker_that_dies_once_is_replaced(tmp_path, capfd):
+    marker = tmp_path / "crashed"
+    arguments = {"crash_seed": 4, "crash_file": str(marker)}
+    store = generate(tmp_path / "reach.zarr", **{**SETTINGS, "processes": 2}, env_kwargs=arguments)
+    assert marker.exists()
+    assert EpisodeStore.open(store).num_episodes == 10
+    assert "1 worker process(es) died" in capfd.readouterr().out
+
+
+def test_an_episode_that_always_kills_its_worker_is_named(tmp_path):
+    with pytest.raises(GenerationError, match=r"left, seed 4: its worker process died 3 times \(exit status 17"):
+        generate(tmp_path / "reach.zarr", **{**SETTINGS, "processes": 2}, env_kwargs={"crash_seed": 4})
+
+
+def test_an_expert_that_fails_is_reported_with_reasons(tmp_path, monkeypatch):
+    import fake_expert_env
+
+    monkeypatch.setattr(fake_expert_env.Expert, "act", lambda self: np.array([0.0, 0.0, 1.0]))
+    with pytest.raises(
+        GenerationError, match=r"(left|right): the expert solved 0 of \d+ attempts, 5 are wanted\. Failures: blocked"
+    ):
+        generate(tmp_path / "reach.zarr", **SETTINGS)
+    monkeypatch.setattr(fake_expert_env.Expert, "act", lambda self: 1 / 0)
+    with pytest.raises(GenerationError, match="ZeroDivisionError: division by zero"):
+        generate(tmp_path / "other.zarr", **SETTINGS)
+
+
+def test_other_settings_are_refused(tmp_path):
+    store = tmp_path / "reach.zarr"
+    generate(store, **SETTINGS)
+    before = _hashes(store)
+    generate(store, **SETTINGS)
+    with pytest.raises(GenerationError, match=r"other settings: episodes_per_task 5 there, 6 asked for; noise 0.0 there, 0.1"):
+        generate(store, **{**SETTINGS, "episodes_per_task": 6, "noise": 0.1})
+    assert _hashes(store) == before
+    (tmp_path / "other").mkdir()
+    with pytest.raises(GenerationError, match="is not a store of generated demonstrations"):
+        generate(tmp_path / "other", **SETTINGS)
+
+    folder = tmp_path / "unfinished.zarr.partial" / "episodes"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"seed": 9}))
+    with pytest.raises(GenerationError, match=r"unfinished generation with other settings.*seed 9 there, 0 asked for"):
+        generate(tmp_path / "unfinished.zarr", **SETTINGS)
+
+
+def test_settings_that_cannot_work(tmp_path):
+    with pytest.raises(GenerationError, match="episodes_per_task is 0"):
+        generate(tmp_path / "reach.zarr", **{**SETTINGS, "episodes_per_task": 0})
+    with pytest.raises(GenerationError, match="Seeds from 1,000,000 on belong to evaluation"):
+        generate(tmp_path / "reach.zarr", **{**SETTINGS, "seed": 999_990})
+    with pytest.raises(GenerationError, match="each once"):
+        generate(tmp_path / "reach.zarr", **SETTINGS, tasks=("left", "left"))
+    assert not list(tmp_path.iterdir())
