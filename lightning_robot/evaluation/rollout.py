@@ -1,0 +1,397 @@
+"""Plays episodes with a policy and tells what came of them: one function for the callback, the command and generation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_robot.console import progress as show_progress
+from lightning_robot.console import say
+from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling
+from lightning_robot.evaluation.result import EpisodeRecord, EpisodeTimes, EvaluationResult
+from lightning_robot.evaluation.stepping import (
+    Description,
+    EnvironmentFault,
+    MakeEnvironment,
+    Pool,
+    Transition,
+    hash_observation,
+    open_pool,
+)
+from lightning_robot.features import check_compatible
+
+if TYPE_CHECKING:
+    from lightning_robot.policies.base import Policy
+
+# Seeds of scenes. A number that was used to choose a checkpoint is no estimate of how good it is, and a scene it was trained
+# on is no test: each purpose has a block of its own.
+GENERATION_SEEDS = 0
+SELECTION_SEEDS = 1_000_000
+REPORTING_SEEDS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode to play: the seed fixes everything about it but the task."""
+
+    seed: int
+    task: str | None = None
+
+
+def plan_episodes(episodes: int, seed: int, tasks: Sequence[str] | None = None) -> list[Episode]:
+    """Spreads episodes evenly over tasks; seeds are consecutive, each task has a block of its own.
+
+    Args:
+        episodes: how many in all; the first tasks get one more where the number does not divide.
+        seed: the first seed.
+        tasks: task ids; None leaves the task to the environment.
+    """
+    names: list[str | None] = list(tasks) if tasks else [None]
+    if episodes < len(names):
+        raise ValueError(f"{episodes} episodes for {len(names)} tasks: ask for at least one per task.")
+    counts = [episodes // len(names) + (position < episodes % len(names)) for position in range(len(names))]
+    order = [name for name, count in zip(names, counts) for _ in range(count)]
+    return [Episode(seed + position, name) for position, name in enumerate(order)]
+
+
+@dataclass
+class _Running:
+    """An episode in progress."""
+
+    episode: Episode
+    started: float
+    start_state: str = ""
+    steps: int = 0
+    total_reward: float = 0.0
+    success: bool = False
+    success_said: bool = False
+    success_at_reset: bool = False
+    clipped_steps: int = 0
+    inference_ms: list[float] = field(default_factory=list)
+    latest: Transition = field(default_factory=Transition)
+
+    def take(self, transition: Transition) -> None:
+        self.latest = transition
+        if transition.error:
+            return
+        self.steps = transition.elapsed
+        self.total_reward += transition.reward
+        self.success_said |= transition.success is not None
+        self.success |= bool(transition.success)
+        if transition.elapsed == 0:
+            self.start_state = hash_observation(transition.observation)
+            self.success_at_reset = bool(transition.success)
+
+    def over(self, max_steps: int) -> bool:
+        """An episode ends with its first success after a step, however long the environment would go on."""
+        last = self.latest
+        solved = self.success and self.steps > 0
+        return bool(last.error) or solved or last.terminated or last.truncated or self.steps >= max_steps
+
+    def record(self) -> tuple[EpisodeRecord, EpisodeTimes]:
+        last, episode = self.latest, self.episode
+        if last.error:
+            self.success, failure = False, f"error: {last.error}"
+        elif not self.success_said:
+            raise EnvironmentFault(
+                "The environment never said whether the task was solved: its info needs the key 'success' (or 'is_success')."
+            )
+        elif self.success:
+            failure = None
+        else:
+            failure = last.failure or ("terminated" if last.terminated else "timeout")
+        record = EpisodeRecord(
+            seed=episode.seed,
+            task=episode.task,
+            success=self.success,
+            failure=failure,
+            steps=self.steps,
+            total_reward=self.total_reward,
+            success_at_reset=self.success_at_reset,
+            start_state=self.start_state,
+            queries=len(self.inference_ms),
+            clipped_steps=self.clipped_steps,
+        )
+        times = EpisodeTimes(episode.seed, episode.task, time.perf_counter() - self.started, tuple(self.inference_ms))
+        return record, times
+
+
+def rollout(
+    policy: Policy,
+    make_env: MakeEnvironment,
+    episodes: Sequence[Episode],
+    *,
+    num_envs: int = 8,
+    inference_batch: int = INFERENCE_BATCH,
+    threads: int = 1,
+    processes: int = 0,
+    max_steps: int | None = None,
+    execution_horizon: int | None = None,
+    ensembling: Ensembling | None = None,
+    videos: Path | None = None,
+    max_videos: int = 4,
+    progress: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EvaluationResult:
+    """Plays every episode once.
+
+    The table of the result depends on the checkpoint, the episodes and `inference_batch`, `threads`, `max_steps`,
+    `execution_horizon` and `ensembling`; never on `num_envs`, `processes` or `world_size`.
+
+    Args:
+        policy: acts; the weights it has now are judged, in evaluation mode.
+        make_env: makes one environment with the Gymnasium API; called again with ``render_mode="rgb_array"`` for videos. Must
+            be picklable where `processes` > 0.
+        episodes: what to play.
+        num_envs: environments at the same time; the policy is asked as soon as `inference_batch` of them wait for it.
+        inference_batch: rows of every query of the policy.
+        threads: torch's threads while playing.
+        processes: worker processes that step the environments; 0 steps them here.
+        max_steps: step limit; the environment's own when None (the smaller one when both are there).
+        execution_horizon: actions executed of each chunk; the policy's own when None.
+        ensembling: temporal ensembling instead of a chunk queue.
+        videos: folder for videos of some episodes, failures first; needs all episodes in this process (`world_size` 1).
+        max_videos: how many.
+        progress: shows how far it is.
+        rank: which share of the episodes to play.
+        world_size: number of shares; share r is ``episodes[r::world_size]``. `EvaluationResult.merge` joins them.
+
+    Returns:
+        The table of this share.
+
+    Raises:
+        IncompatibleFeatures: the environment does not offer what the policy was trained on.
+        EnvironmentFault: no environment can be made, it lacks a step limit or does not report success, or every episode ended
+            by an error.
+    """
+    share = list(episodes)[rank::world_size]
+    if not share:
+        return EvaluationResult([])
+    seen = {(episode.seed, episode.task) for episode in episodes}
+    if len(seen) < len(episodes):
+        raise ValueError(f"{len(episodes) - len(seen)} episodes are planned twice: they would only repeat one another.")
+    started = time.perf_counter()
+    controller = Controller(
+        policy,
+        min(num_envs, len(share)),
+        execution_horizon=execution_horizon,
+        ensembling=ensembling,
+        inference_batch=inference_batch,
+    )
+    pool = open_pool(make_env, controller.num_envs, policy.features, processes)
+    try:
+        description = pool.describe()
+        notes = _meet(policy, description)
+        if rank == 0:
+            for note in notes:
+                say(note)
+        limit = _step_limit(description, max_steps)
+        with acting(policy, threads):
+            played: Iterator = play(pool, controller, share, description, limit)
+            if progress and rank == 0:
+                played = show_progress(played, total=len(share), description="evaluating", unit="episodes")
+            rows = list(played)
+            fingerprint = fingerprint_policy(policy)
+    finally:
+        pool.close()
+    records = [record for record, _ in rows]
+    result = EvaluationResult(
+        records=records,
+        settings={
+            "inference_batch": inference_batch,
+            "threads": threads,
+            "max_steps": limit,
+            "execution_horizon": controller.execution_horizon,
+            "ensembling": None if ensembling is None else [ensembling.coefficient, ensembling.direction],
+            "policy": type(policy).__name__,
+            "device": _device_name(policy),
+            "versions": {name: _version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")},
+        },
+        fingerprints={"checkpoint": fingerprint, **description.fingerprint},
+        notes=notes,
+        times=[times for _, times in rows],
+        seconds=time.perf_counter() - started,
+        processes=pool.processes,
+    )
+    if len(result.errors) == len(records):
+        raise EnvironmentFault(
+            f"Every one of {len(records)} episodes ended by an error; the first: {result.records[0].failure}."
+        )
+    if videos is not None:
+        from lightning_robot.evaluation.video import record_videos
+
+        record_videos(policy, make_env, result, videos, max_videos)
+    return result
+
+
+def play(
+    pool: Pool,
+    controller: Controller,
+    episodes: Sequence[Episode],
+    description: Description,
+    max_steps: int,
+    on_transition: Callable[[int, Transition], None] | None = None,
+) -> Iterator[tuple[EpisodeRecord, EpisodeTimes]]:
+    """Plays episodes and yields each one's record when it is over, in the order they end.
+
+    Environments run ahead with the actions they have; those that need a new chunk wait until `inference_batch` of them do, or
+    until nothing else moves. So a query is nearly always full, and a slow environment holds up nobody.
+
+    Args:
+        pool: the environments.
+        controller: acts in them; one slot per environment.
+        episodes: what to play.
+        description: of the environment, for its action bounds.
+        max_steps: step limit.
+        on_transition: called with (environment, transition) after every reset and step.
+    """
+    left = deque(episodes)
+    tolerance = 0.01 * (description.high - description.low)  # rounding at the bounds is nothing to report
+    running: dict[int, _Running] = {}
+    waiting: list[int] = []
+    broken: list[tuple[int, Transition]] = []
+
+    def begin(index: int) -> None:
+        if left and pool.alive(index):
+            episode = left.popleft()
+            running[index] = _Running(episode, time.perf_counter())
+            controller.reset([index], [episode.seed])
+            pool.send(index, "reset", episode.seed, episode.task)
+
+    def act(indices: list[int]) -> None:
+        latest = [running[index].latest for index in indices]
+        asked = len(controller.queries)
+        actions = controller.act([one.observation for one in latest], [one.elapsed for one in latest], indices)
+        for group, seconds in controller.queries[asked:]:
+            for index in group:
+                running[index].inference_ms.append(1000 * seconds)
+        for index, action in zip(indices, actions):
+            if not np.isfinite(action).all():
+                broken.append((index, Transition(error="the policy's action is not finite")))
+                continue
+            beyond = np.maximum(description.low - action, action - description.high)
+            running[index].clipped_steps += int((beyond > tolerance).any())
+            pool.send(index, "step", np.clip(action, description.low, description.high))
+
+    for index in range(controller.num_envs):
+        begin(index)
+    while running:
+        arrived, broken = broken, []
+        if pool.busy:
+            arrived += pool.receive()
+        for index, transition in arrived:
+            state = running[index]
+            state.take(transition)
+            if on_transition is not None:
+                on_transition(index, transition)
+            if state.over(max_steps):
+                yield running.pop(index).record()
+                begin(index)
+            else:
+                waiting.append(index)
+        ready = [index for index in waiting if not controller.needs_query(index)]
+        waiting = [index for index in waiting if controller.needs_query(index)]
+        if ready:
+            act(ready)
+        while len(waiting) >= controller.inference_batch or (waiting and not pool.busy and not broken):
+            batch, waiting = waiting[: controller.inference_batch], waiting[controller.inference_batch :]
+            act(batch)
+    for episode in left:  # no environment is left to play them in
+        lost = _Running(episode, time.perf_counter())
+        lost.take(Transition(error="every process with environments had ended before"))
+        yield lost.record()
+
+
+def check_environment(policy: Policy, make_env: MakeEnvironment) -> list[str]:
+    """Makes one environment and asks whether the policy can act in it; returns notes, raises what `rollout` would."""
+    pool = open_pool(make_env, 1, policy.features, 0)
+    try:
+        return _meet(policy, pool.describe())
+    finally:
+        pool.close()
+
+
+def environment_tasks(policy: Policy | None, make_env: MakeEnvironment) -> tuple[str, ...]:
+    """Task ids that an environment offers, empty for one without tasks."""
+    pool = open_pool(make_env, 1, None if policy is None else policy.features, 0)
+    try:
+        return pool.describe().tasks
+    finally:
+        pool.close()
+
+
+def _meet(policy: Policy, description: Description) -> list[str]:
+    if description.features is None:
+        action = policy.features.action.shape
+        if description.low.shape != tuple(action):
+            raise EnvironmentFault(
+                f"The policy's actions have shape {tuple(action)}, the environment's {description.low.shape}."
+            )
+        return ["The environment does not say what it offers: units, names and frames were not compared."]
+    notes = check_compatible(policy.features, description.features, policy.window.keys)
+    trained, offered = policy.features.source, description.features.source
+    for name in sorted(set(trained) & set(offered)):
+        if trained[name] != offered[name]:
+            notes.append(f"{name}: trained with {trained[name]}, evaluated with {offered[name]}.")
+    return notes
+
+
+def _step_limit(description: Description, max_steps: int | None) -> int:
+    limits = [limit for limit in (description.max_steps, max_steps) if limit]
+    if not limits:
+        raise EnvironmentFault("The environment names no step limit, so an episode might never end: set max_steps.")
+    return min(limits)
+
+
+@contextmanager
+def acting(policy: Any, threads: int) -> Iterator[None]:
+    """Evaluation mode and a fixed number of threads, put back afterwards."""
+    before = torch.get_num_threads()
+    training = [module for module in policy.modules() if module.training] if isinstance(policy, torch.nn.Module) else []
+    if before != threads:
+        torch.set_num_threads(threads)
+    if training:
+        policy.eval()
+    try:
+        yield
+    finally:
+        if before != threads:
+            torch.set_num_threads(before)
+        for module in training:
+            module.training = True
+
+
+def fingerprint_policy(policy: Any) -> str:
+    """16 hexadecimal digits of a policy's class, weights and buffers, as they are now."""
+    digest = hashlib.sha256(type(policy).__name__.encode())
+    if isinstance(policy, torch.nn.Module):
+        for name, tensor in sorted(policy.state_dict().items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}:{values.dtype}:{tuple(values.shape)};".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def _device_name(policy: Any) -> str:
+    parameter = next(policy.parameters(), None) if isinstance(policy, torch.nn.Module) else None
+    if parameter is None or parameter.device.type == "cpu":
+        return "cpu"
+    return torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else parameter.device.type
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,78 @@
+"""Videos: failures first, named, playable; never a reason to fail."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_robot.evaluation.rollout import plan_episodes, rollout
+from lightning_robot.evaluation.video import VideoWriter, choose_episodes, record_videos
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_reach import Reach, TinyPolicy
+
+PLAN = plan_episodes(8, 2_000_000, ("near", "far"))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return TinyPolicy()
+
+
+def frames_of(path):
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.pix_fmt == "yuv420p"
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+
+
+def test_failures_come_first_and_can_be_watched(policy, tmp_path, capsys):
+    result = rollout(policy, Reach, PLAN, videos=tmp_path, max_videos=3, progress=False)
+    files = sorted(tmp_path.iterdir())
+    chosen = choose_episodes(result, 3)
+    assert not chosen[0].success
+    for number, (file, record) in enumerate(zip(files, chosen, strict=True)):
+        assert file.name == f"{number:02d}_{record.task}_seed{record.seed}_{record.outcome}.mp4"
+        frames = frames_of(file)
+        assert len(frames) == record.steps + 1
+        assert frames[0].shape == (64, 80, 3)  # odd sizes lose a row and a column
+        assert frames[0].max() > 150
+    assert "did not repeat" not in capsys.readouterr().out
+
+
+def test_tasks_take_turns(policy):
+    result = rollout(policy, partial(Reach, radius=0.0), PLAN, progress=False)  # nothing succeeds
+    assert [record.task for record in choose_episodes(result, 4)] == ["near", "far", "near", "far"]
+
+
+def test_impossible_rendering_is_said_and_costs_nothing(policy, tmp_path, capsys):
+    result = rollout(policy, partial(Reach, renders=False), PLAN[:2], videos=tmp_path / "videos", progress=False)
+    assert result.episodes == 2
+    assert "No video beyond 0 of 2: RuntimeError: no display" in capsys.readouterr().out
+    assert not (tmp_path / "videos").exists()
+
+
+def test_episode_that_does_not_repeat_is_said(policy, tmp_path, capsys):
+    result = rollout(policy, Reach, PLAN[:2], progress=False)
+    record_videos(TinyPolicy(seed=9), Reach, result, tmp_path, 1)
+    assert "did not repeat" in capsys.readouterr().out
+
+
+def test_writer_leaves_nothing_half_done(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4")
+    assert not writer.close()
+    writer = VideoWriter(tmp_path / "b.mp4", rate=29.97)
+    for level in range(5):
+        writer.add(np.full((32, 48, 3), 50 * level, dtype=np.uint8))
+    assert not (tmp_path / "b.mp4").exists()
+    assert writer.close()
+    assert [int(frame.mean() / 50 + 0.5) for frame in frames_of(tmp_path / "b.mp4")] == [0, 1, 2, 3, 4]
+    writer = VideoWriter(tmp_path / "c.mp4")
+    writer.add(np.zeros((32, 48, 3), dtype=np.uint8))
+    writer.abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["b.mp4"]
