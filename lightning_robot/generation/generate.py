@@ -107,6 +107,7 @@ def generate(
             shutil.rmtree(partial, ignore_errors=True)  # a kill between renaming and clearing up leaves it
             say(f"{store} is complete: {episodes_per_task} demonstrations of each of {len(chosen)} tasks.")
             return store
+        _check_tasks(example, chosen, seed)
         folder = _claim(partial, settings, dict(source.fingerprint))
         recording = Recording(str(folder), env, settings["environment_arguments"], noise, hold)
         jobs = _Jobs(chosen, episodes_per_task, seed, folder)
@@ -151,6 +152,21 @@ def _check(settings: dict[str, Any]) -> None:
             f"Seeds from {SELECTION_SEEDS:,} on belong to evaluation, and this generation could reach {last:,}: lower seed "
             f"({settings['seed']:,}) or episodes_per_task ({settings['episodes_per_task']:,})."
         )
+
+
+def _check_tasks(env: gymnasium.Env, tasks: tuple[str, ...], seed: int) -> None:
+    """Refuses, before any work, tasks that the environment does not know or has no expert for."""
+    source: Any = env.unwrapped
+    for number, task in enumerate(tasks):
+        try:
+            task_texts(env, task)
+            env.reset(seed=seed + number, options={"task": task})
+            source.expert(np.random.default_rng(seed))
+        except Exception as error:
+            raise GenerationError(
+                f"{task!r} cannot be demonstrated: {type(error).__name__}: {error}. By itself the environment chooses "
+                f"{', '.join(source.tasks)}."
+            ) from error
 
 
 def _check_same(store: Path, settings: dict[str, Any]) -> None:

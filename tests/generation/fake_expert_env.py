@@ -30,7 +30,7 @@ class ReachEnv(gymnasium.Env):
         super().reset(seed=seed)
         self.task, self.steps = options["task"], 0
         self.position = self.np_random.normal(size=2) * 0.1
-        self.goal = np.array([-1.0 if self.task == "left" else 1.0, 0.0])
+        self.goal = np.array([{"left": -1.0, "right": 1.0}[self.task], 0.0])
         self.blocked = self.task == "left" and seed % 8 == 0
         if seed == self.crash_seed:
             crash(self.crash_file)

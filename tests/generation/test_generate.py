@@ -210,4 +210,6 @@ def test_settings_that_cannot_work(tmp_path):
         generate(tmp_path / "reach.zarr", **{**SETTINGS, "seed": 999_990})
     with pytest.raises(GenerationError, match="each once"):
         generate(tmp_path / "reach.zarr", **SETTINGS, tasks=("left", "left"))
+    with pytest.raises(GenerationError, match=r"'up' cannot be demonstrated: KeyError.*the environment chooses left, right"):
+        generate(tmp_path / "reach.zarr", **SETTINGS, tasks=("left", "up"))
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""`python -m lightning_robot generate STORE`: demonstrations from a scripted expert, into an episode store."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+EXAMPLES = """examples:
+  python -m lightning_robot generate data/play_table.zarr
+  python -m lightning_robot generate data/doors.zarr --tasks open_drawer,move_slider_left --episodes-per-task 100 --noise 0.1
+  python -m lightning_robot generate data/colors.zarr --scene A --points 2048 --colors --observations state,point_cloud,images
+
+Run the same command again to continue after an interruption."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's own parser: it needs neither a Trainer nor torch."""
+    result = argparse.ArgumentParser(
+        "python -m lightning_robot generate",
+        description="Writes successful demonstrations of a scripted expert into an episode store.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("store", metavar="STORE", help="folder to write, e.g. data/play_table.zarr")
+    result.add_argument("--env", default="lightning_robot/PlayTable-v0", help="environment (default %(default)s)")
+    result.add_argument("--tasks", type=_names, help="comma-separated task ids (default: those the environment chooses)")
+    result.add_argument("--episodes-per-task", type=int, default=25, help="demonstrations of each task (default %(default)s)")
+    result.add_argument("--seed", type=int, default=0, help="seed of the first attempt; the next ones count up (default 0)")
+    result.add_argument("--noise", type=float, default=0.0, help="noise on executed, not on recorded actions (default 0)")
+    result.add_argument("--hold", type=int, default=3, help="steps recorded after success (default %(default)s)")
+    result.add_argument("--processes", type=int, help="worker processes (default: one per core)")
+    what = result.add_argument_group("the environment's own options (default: the environment's)")
+    what.add_argument("--scene", help="scene of the play table: A, B, C or D")
+    what.add_argument("--points", type=int, help="points of a cloud")
+    what.add_argument("--colors", action="store_true", help="clouds with colours")
+    what.add_argument("--observations", type=_names, help="what to record, e.g. state,point_cloud,images,depth")
+    what.add_argument("--camera-size", type=int, help="pixels of both cameras' pictures, square")
+    what.add_argument("--actions", choices=("relative", "absolute"), help="form of the actions")
+    what.add_argument("--env-kwargs", type=_mapping, default={}, help="further arguments of the environment, as JSON")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments after ``generate``; those of the process when None.
+
+    Returns:
+        0, or 1 after an error, which is printed.
+    """
+    arguments = parser().parse_args(argv)
+    from lightning_robot.data.store import StoreError
+    from lightning_robot.generation.generate import GenerationError, generate
+
+    try:
+        generate(
+            arguments.store,
+            env=arguments.env,
+            env_kwargs=environment_arguments(arguments),
+            tasks=arguments.tasks,
+            episodes_per_task=arguments.episodes_per_task,
+            seed=arguments.seed,
+            noise=arguments.noise,
+            hold=arguments.hold,
+            processes=arguments.processes,
+        )
+    except (GenerationError, StoreError, ModuleNotFoundError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def environment_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Constructor arguments of the environment: only what was asked for."""
+    cloud: dict[str, Any] = {"points": arguments.points} if arguments.points is not None else {}
+    if arguments.colors:
+        cloud["colors"] = True
+    size = arguments.camera_size
+    chosen = {
+        "scene": arguments.scene,
+        "cloud": cloud or None,
+        "observations": arguments.observations,
+        "camera_sizes": {"static": size, "gripper": size} if size is not None else None,
+        "actions": arguments.actions,
+    }
+    return {**{name: value for name, value in chosen.items() if value is not None}, **arguments.env_kwargs}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'a JSON object is wanted, such as {{"max_steps": 300}}, not {text}')
+    return value
