@@ -88,7 +88,7 @@ def panda_actuators() -> str:
 
 PANDA_DEFAULTS = """
   <default class="arm"><joint armature="0.3"/><position kp="1600" kv="76" forcerange="-120 120"/></default>
-  <default class="finger"><joint type="slide" armature="1"/><position kp="1000" kv="40" forcerange="-60 60"/>
+  <default class="finger"><joint type="slide" armature="0.3"/><position kp="1000" kv="40" forcerange="-60 60"/>
     <geom group="1" contype="2" conaffinity="1" friction="0.7" rgba="0.25 0.25 0.27 1"/></default>
   <default class="robot"><geom group="1" contype="2" conaffinity="1" friction="0.5" rgba="0.88 0.88 0.9 1"/></default>
 """
@@ -113,7 +113,7 @@ class PandaKinematics:
         self._jacobian = np.zeros((6, 7))
         self._error = np.zeros(6)
         self._quaternion, self._target_quaternion, self._difference = np.zeros(4), np.zeros(4), np.zeros(4)
-        self._rest = np.array(REST)
+        self.rest = np.array(REST)
         self._lower, self._upper = np.array(LIMITS[0]), np.array(LIMITS[1])
 
     def forward(self, joints: Array) -> None:
@@ -176,7 +176,7 @@ class PandaKinematics:
             mujoco.mj_comPos(self._model, self._data)
             error = self.pose_error(position, self._target_quaternion)
             mujoco.mj_jacSite(self._model, self._data, jacobian[:3], jacobian[3:], self._tcp)
-            pull = rest_gain * (self._rest - joints)
+            pull = rest_gain * (self.rest - joints)
             step = pull + jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + eye, error - jacobian @ pull)
             largest = np.abs(step).max()
             if largest > 0.2:

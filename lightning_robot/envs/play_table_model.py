@@ -1,7 +1,7 @@
 """MJCF of CALVIN's play table, scenes A to D, built from primitives.
 
-Lengths in metres, world frame of CALVIN: z up, the table's front faces -y. Geoms are named after what contacts report:
-``table:<link>`` with the link numbers of `calvin_tasks.TABLE_LINKS`, ``block_<color>``, ``plane`` and the robot's bodies.
+Lengths in metres, world frame of CALVIN: z up, the table's front faces -y. Bodies: ``slider``, ``drawer``,
+``button``, ``switch``, ``block_<color>`` and the robot's. What is fixed belongs to the world body; of it ``plane``, ``plank``, ``led`` and ``lightbulb`` are named geoms.
 Groups: 0 what never moves, 1 what moves (a fixed camera casts group 0 once).
 """
 
@@ -81,19 +81,19 @@ def play_table_xml(scene: Scene) -> str:
     """
     left, right = scene.cavity
     fixed = [
-        _box("table:base", (-0.44, 0.44, -0.18, 0.18, 0.40, 0.42)),
-        _box("table:base", (-0.44, 0.44, -0.18, 0.02, 0.42, TOP)),
-        _box("table:base", (-0.44, 0.44, 0.16, 0.18, 0.42, 0.64785)),  # back wall
-        _box("table:base", (left, right, 0.134, 0.16, 0.62785, 0.64785)),  # over the cabinet
-        _box("table:base", (-0.42, scene.drawer - 0.20, -0.16, 0.16, 0.30, 0.40)),
-        _box("table:base", (scene.drawer + 0.20, 0.42, -0.16, 0.16, 0.30, 0.40)),
-        _box("table:base", (scene.drawer - 0.20, scene.drawer + 0.20, 0.06, 0.16, 0.30, 0.40)),
-        _box("table:base", (scene.drawer - 0.20, scene.drawer + 0.20, -0.16, 0.06, 0.30, 0.32)),
-        *(_box("table:base", (x, x + 0.04, y, y + 0.032, 0, 0.40)) for x in (-0.44, 0.40) for y in (-0.18, 0.148)),
+        _box((-0.44, 0.44, -0.18, 0.18, 0.40, 0.42)),
+        _box((-0.44, 0.44, -0.18, 0.02, 0.42, TOP)),
+        _box((-0.44, 0.44, 0.16, 0.18, 0.42, 0.64785)),  # back wall
+        _box((left, right, 0.134, 0.16, 0.62785, 0.64785)),  # over the cabinet
+        _box((-0.42, scene.drawer - 0.20, -0.16, 0.16, 0.30, 0.40)),
+        _box((scene.drawer + 0.20, 0.42, -0.16, 0.16, 0.30, 0.40)),
+        _box((scene.drawer - 0.20, scene.drawer + 0.20, 0.06, 0.16, 0.30, 0.40)),
+        _box((scene.drawer - 0.20, scene.drawer + 0.20, -0.16, 0.06, 0.30, 0.32)),
+        *(_box((x, x + 0.04, y, y + 0.032, 0, 0.40)) for x in (-0.44, 0.40) for y in (-0.18, 0.148)),
         *_side(-0.44, left),
         *_side(right, 0.44),
-        _box("table:plank", (left, right, 0.02, 0.16, 0.42, TOP)),
-        _box("table:led", (scene.button - 0.08, scene.button + 0.08, 0.14, 0.18, 0.64785, 0.66385), name="led"),
+        _box((left, right, 0.02, 0.16, 0.42, TOP), name="plank"),
+        _box((scene.button - 0.08, scene.button + 0.08, 0.14, 0.18, 0.64785, 0.66385), name="led"),
         '<geom name="lightbulb" class="fixed" type="ellipsoid" size="0.028 0.028 0.0248" '
         f'pos="{scene.switch} 0.16 0.67265"/>',
         # The ring stops blocks only: a finger that presses the button far down dips into it.
@@ -142,7 +142,7 @@ def play_table_xml(scene: Scene) -> str:
 </mujoco>"""
 
 
-def _box(kind: str, box: Box, frame: str = "fixed", name: str = "", more: str = "") -> str:
+def _box(box: Box, frame: str = "fixed", name: str = "", more: str = "") -> str:
     """An axis-parallel box given by its bounds x, y, z."""
     center = " ".join(f"{(box[2 * axis] + box[2 * axis + 1]) / 2:.8g}" for axis in range(3))
     size = " ".join(f"{(box[2 * axis + 1] - box[2 * axis]) / 2:.8g}" for axis in range(3))
@@ -166,8 +166,8 @@ def _side(start: float, end: float) -> list[str]:
     return [
         f'<geom class="fixed" type="box" pos="{x:.8g} {middle[0]:.8g} {middle[1]:.8g}" euler="{SLOPE:.10g} 0 0" '
         f'size="{(end - start) / 2:.8g} {length / 2} {thickness / 2}"/>',
-        _box("table:base", (start, end, 0.082, 0.16, 0.42, 0.545)),
-        _box("table:base", (start, end, 0.14, 0.16, 0.545, 0.64785)),
+        _box((start, end, 0.082, 0.16, 0.42, 0.545)),
+        _box((start, end, 0.14, 0.16, 0.545, 0.64785)),
     ]
 
 
@@ -199,7 +199,7 @@ def _drawer(scene: Scene) -> str:
     return (
         f'<body name="drawer" pos="{scene.drawer} 0 0">'
         f'<joint name="base__drawer" class="part" axis="0 -1 0" range="0 {DRAWER_RANGE}" frictionloss="4" damping="2"/>'
-        + "".join(_box("drawer", box, "part", more=more) for box, more in boxes)
+        + "".join(_box(box, "part", more=more) for box, more in boxes)
         + "</body>"
     )
 
