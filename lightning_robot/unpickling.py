@@ -152,20 +152,20 @@ def load_object_array(path: str | Path) -> Any:
         array = restricted_load(file, allowed, str(path))
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} holds a {type(array).__name__} where an array of objects is expected. Fetch it again.")
-    return _plain(array.item() if array.shape == () else array)
+    return plain_values(array.item() if array.shape == () else array)
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Replaces configuration objects by the plain values they carry."""
     if isinstance(value, Inert):
         state = value.state if isinstance(value.state, dict) else {}
         if "_content" in state:
-            return _plain(state["_content"])
-        return _plain(state.get("_val"))
+            return plain_values(state["_content"])
+        return plain_values(state.get("_val"))
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(plain_values(item) for item in value)
     return value

@@ -18,6 +18,7 @@ from lightning_robot.console import say
 from lightning_robot.features import Features, check_compatible
 from lightning_robot.networks.noise import mix_seeds
 from lightning_robot.transforms.normalizer import Normalizer
+from lightning_robot.transforms.statistics import Statistics
 from lightning_robot.transforms.text import HashedTextEncoder
 
 CHECKPOINT_FORMAT = 1
@@ -139,6 +140,10 @@ class ImitationPolicy(Policy, LightningModule):
             )
         return replace(offered, observations={key: offered.observations[key] for key in self.observation_keys})
 
+    def select_statistics(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+        """What the policy keeps of the data's statistics, where `select_features` keeps a part of a feature."""
+        return statistics
+
     @property
     def compilable(self) -> list[torch.nn.Module]:
         """Networks that `torch.compile` may compile in place."""
@@ -172,7 +177,7 @@ class ImitationPolicy(Policy, LightningModule):
             needed = tuple(key for key, mode in self.normalization.items() if mode != "identity")
             names = {key: feature.names for key, feature in self.features.observations.items()}
             names["action"] = self.features.action.names
-            self.normalizer = Normalizer(data.statistics(needed), self.normalization, names)
+            self.normalizer = Normalizer(self.select_statistics(data.statistics(needed)), self.normalization, names)
         else:
             self.normalizer = Normalizer.from_features(self.features, self.normalization)
 

@@ -1,0 +1,237 @@
+"""The one-dimensional U-Net over an action chunk, modulated feature by feature (FiLM) by time step and observation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConditionalUnet(nn.Module):
+    """Predicts from a noisy action chunk the clean one (or the noise), as in Diffusion Policy, DP3 and Simple DP3.
+
+    Levels go down by strided and up by transposed convolutions; skips join at every level but the first. All residual blocks
+    see the same vector, the time embedding joined with the condition g, each through its own linear map of Mish(g).
+
+    Sources: Chi et al. 2023 (Diffusion Policy); Ze et al. 2024 (DP3), which multiplies by the scale, not by one plus it.
+
+    Args:
+        action_size: A.
+        condition_size: G.
+        down_dims: channels of each level; multiples of `groups`, the first one of 8 as well.
+        blocks_per_level: residual blocks at each level and in the middle (DP3: 2, Simple DP3: 1).
+        kernel_size: odd.
+        groups: of the group normalisation; the last block always has 8, as published.
+        embedding_size: d of the time embedding, even.
+        num_timesteps: time steps are integers below it.
+    """
+
+    def __init__(
+        self,
+        action_size: int,
+        condition_size: int,
+        down_dims: Sequence[int] = (512, 1024, 2048),
+        blocks_per_level: int = 2,
+        kernel_size: int = 5,
+        groups: int = 8,
+        embedding_size: int = 128,
+        num_timesteps: int = 100,
+    ) -> None:
+        super().__init__()
+        if down_dims[0] % 8 or any(width % groups for width in down_dims):
+            raise ValueError(f"down_dims must be multiples of groups={groups} and the first one of 8, got {list(down_dims)}.")
+        self.embedding_size = embedding_size
+        self.register_buffer("sinusoids", sinusoids(num_timesteps, embedding_size), persistent=False)
+        self.time_encoder = nn.Sequential(
+            nn.Linear(embedding_size, 4 * embedding_size), nn.Mish(), nn.Linear(4 * embedding_size, embedding_size)
+        )
+
+        def residual_blocks(channels_in: int, channels_out: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                ResidualBlock(
+                    channels_in if index == 0 else channels_out,
+                    channels_out,
+                    embedding_size + condition_size,
+                    kernel_size,
+                    groups,
+                )
+                for index in range(blocks_per_level)
+            )
+
+        last = len(down_dims) - 1
+        self.down = nn.ModuleList()
+        for level, (below, width) in enumerate(zip((action_size, *down_dims), down_dims)):
+            resample = Convolution(width, width, 3, stride=2, padding=1) if level < last else nn.Identity()
+            self.down.append(nn.ModuleDict({"blocks": residual_blocks(below, width), "resample": resample}))
+        self.middle = residual_blocks(down_dims[-1], down_dims[-1])
+        self.up = nn.ModuleList()
+        for width, above in zip(down_dims[-2::-1], down_dims[:0:-1]):
+            resample = TransposedConvolution(width, width, 4, stride=2, padding=1)
+            self.up.append(nn.ModuleDict({"blocks": residual_blocks(2 * above, width), "resample": resample}))
+        self.final = ConvolutionBlock(down_dims[0], down_dims[0], kernel_size, groups=8)
+        self.output = Convolution(down_dims[0], action_size, 1)
+
+    def forward(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """The convolutions, given what time step and condition ask of them.
+
+        Args:
+            x: (B, H, A) noisy normalised actions; H a multiple of 2 to the number of levels less one.
+            modulations: from `modulations`, or the sum of `time_modulations` and `condition_modulations`.
+
+        Returns:
+            (B, H, A).
+        """
+        remaining = iter(modulations)
+        x = x.transpose(1, 2)  # (B, A, H)
+        skips = []
+        for level in self.down:
+            for block in level["blocks"]:
+                x = block(x, next(remaining))
+            skips.append(x)
+            x = level["resample"](x)
+        for block in self.middle:
+            x = block(x, next(remaining))
+        for level in self.up:
+            x = _join_channels(x, skips.pop())
+            for block in level["blocks"]:
+                x = block(x, next(remaining))
+            x = level["resample"](x)
+        return self.output(self.final(x)).transpose(1, 2)
+
+    def residual_blocks(self) -> list[ResidualBlock]:
+        """All blocks that are modulated, in the order in which `forward` passes them."""
+        levels = [*(level["blocks"] for level in self.down), self.middle, *(level["blocks"] for level in self.up)]
+        return [block for blocks in levels for block in blocks]
+
+    def modulations(self, timesteps: Tensor, condition: Tensor) -> list[Tensor]:
+        """Scales and shifts of all residual blocks, as in training.
+
+        Args:
+            timesteps: (B,) int64.
+            condition: (B, G).
+
+        Returns:
+            For each of `residual_blocks` (B, 2 channels): scales, then shifts.
+        """
+        joined = F.mish(torch.cat((self.embed_time(timesteps), condition), 1))
+        return [block.film(joined) for block in self.residual_blocks()]
+
+    def condition_modulations(self, condition: Tensor) -> list[Tensor]:
+        """The condition's part of `modulations`: the same for every denoising step, so computed once per chunk.
+
+        With g = [e, c], W·Mish(g) + b = W_e·Mish(e) + (W_c·Mish(c) + b).
+
+        Args:
+            condition: (B, G).
+
+        Returns:
+            For each of `residual_blocks` (B, 2 channels).
+        """
+        active, size = F.mish(condition), self.embedding_size
+        return [F.linear(active, block.film.weight[:, size:], block.film.bias) for block in self.residual_blocks()]
+
+    def time_modulations(self, timesteps: Tensor) -> list[Tensor]:
+        """The time's part of `modulations`: for each of `residual_blocks` (K, 2 channels), for (K,) int64 `timesteps`."""
+        active, size = F.mish(self.embed_time(timesteps)), self.embedding_size
+        return [F.linear(active, block.film.weight[:, :size]) for block in self.residual_blocks()]
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """(K,) int64 -> (K, d)."""
+        return self.time_encoder(self.sinusoids[timesteps])
+
+
+class ResidualBlock(nn.Module):
+    """Two convolution blocks with a modulation between them, and a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, condition_size: int, kernel_size: int, groups: int) -> None:
+        super().__init__()
+        self.first = ConvolutionBlock(channels_in, channels_out, kernel_size, groups)
+        self.second = ConvolutionBlock(channels_out, channels_out, kernel_size, groups)
+        self.film = nn.Linear(condition_size, 2 * channels_out)  # of Mish(g)
+        self.shortcut = Convolution(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(B, channels_in, L) and (B, 2 channels_out) -> (B, channels_out, L)."""
+        scale, shift = modulation.unsqueeze(2).chunk(2, 1)
+        return self.second(self.first(x) * scale + shift) + self.shortcut(x)
+
+
+class ConvolutionBlock(nn.Module):
+    """Convolution, group normalisation, Mish."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int, groups: int) -> None:
+        super().__init__()
+        self.convolution = Convolution(channels_in, channels_out, kernel_size, padding=kernel_size // 2)
+        self.norm = GroupNorm(groups, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels_in, L) -> (B, channels_out, L)."""
+        return F.mish(self.norm(self.convolution(x)))
+
+
+# On a CPU the sequences are 4 to 16 steps long: too short to fill a vector register, and up to half of a kernel falls on the
+# padding. There the convolution runs over an image of height L and width B: the batch lies innermost in memory, and rows of
+# padding are left out. Shapes stay (B, C, L) everywhere; only the strides tell. Measured on two cores for 2048 channels, L 4,
+# forward and backward: 1.3 times as fast at batch 16, twice at batch 64.
+
+
+class Convolution(nn.Conv1d):
+    """`nn.Conv1d`, faster on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        stride, padding = (*self.stride, 1), (*self.padding, 0)
+        return _to_sequence(F.conv2d(_to_image(input), self.weight.unsqueeze(3), self.bias, stride, padding))
+
+
+class TransposedConvolution(nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d`, faster on a CPU."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input, output_size)
+        stride, padding = (*self.stride, 1), (*self.padding, 0)
+        return _to_sequence(F.conv_transpose2d(_to_image(input), self.weight.unsqueeze(3), self.bias, stride, padding))
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that keeps the strides on a CPU, where the native one copies to (B, C, L) order and back."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        if input.dtype in (torch.bfloat16, torch.float16):
+            input = input.float()  # as under autocast
+        groups = input.unflatten(1, (self.num_groups, -1))  # (B, groups, C / groups, L)
+        centred = groups - groups.mean((2, 3), keepdim=True)
+        normal = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + self.eps)
+        return torch.addcmul(self.bias.unsqueeze(1), normal.flatten(1, 2), self.weight.unsqueeze(1))
+
+
+def _to_image(x: Tensor) -> Tensor:
+    """(B, C, L) -> (1, C, L, B)."""
+    return x.permute(1, 2, 0).unsqueeze(0)
+
+
+def _to_sequence(x: Tensor) -> Tensor:
+    """(1, C, L, B) -> (B, C, L)."""
+    return x.squeeze(0).permute(2, 0, 1)
+
+
+def _join_channels(x: Tensor, y: Tensor) -> Tensor:
+    """Concatenates (B, C, L) tensors on C; on a CPU with the batch innermost, where `torch.cat` would reorder."""
+    if x.device.type != "cpu":
+        return torch.cat((x, y), 1)
+    return torch.cat((x.permute(1, 2, 0), y.permute(1, 2, 0)), 0).permute(2, 0, 1)
+
+
+def sinusoids(count: int, size: int) -> Tensor:
+    """(count, size) float32: sines, then cosines, of 0 ... count - 1 at wavelengths from 2 pi to 20000 pi."""
+    half = size // 2
+    frequencies = torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
+    angles = torch.arange(count).unsqueeze(1) * frequencies
+    return torch.cat((angles.sin(), angles.cos()), 1)
