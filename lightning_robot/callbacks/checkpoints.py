@@ -1,0 +1,355 @@
+"""Checkpoints of a run: `last` is the last, `best` is the best, and nothing piles up."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_robot.console import say
+
+
+class NoCheckpointNow(Exception):
+    """Base of errors after which the weights are not to be saved."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes aside, flushes to the disk, then renames: an interrupted or failed save leaves the former file whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt``, optionally the k best, in the run directory.
+
+    `last` is written every `every_n_epochs` epochs, at the end, at a signal and at an error that left the weights sound; it
+    resumes exactly. `best` holds raw and averaged weights of the best validation so far. ``checkpoint.json`` beside it
+    says epoch, step and score. Files hold tensors and plain containers only: the first one is read back as such.
+
+    Args:
+        monitor: metric that ranks; None takes ``val/success`` where simulation is on, else ``val/loss``.
+        mode: whether the metric is better when larger; None: larger for success, smaller otherwise.
+        tie_break: metric (smaller is better) that decides between equal scores.
+        top_k: how many of the best to keep besides ``best.ckpt``, as ``epoch0012_success0.850.ckpt``.
+        best_optimizer: whether the best files also hold the optimizer's state, two thirds of a file, needed only to train
+            on from there exactly.
+        every_n_epochs: epochs between two writes of `last`.
+        every_n_steps: optimizer steps between further writes of `last` within an epoch; 0 for none.
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        tie_break: str = "val/loss",
+        top_k: int = 0,
+        best_optimizer: bool = False,
+        every_n_epochs: int = 1,
+        every_n_steps: int = 0,
+    ) -> None:
+        if every_n_epochs < 1 or every_n_steps < 0 or top_k < 0:
+            raise ValueError("every_n_epochs must be at least 1, every_n_steps and top_k at least 0.")
+        self.monitor = monitor
+        self.mode = mode
+        self.tie_break = tie_break
+        self.top_k = top_k
+        self.best_optimizer = best_optimizer
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.directory = Path()
+        self.best: dict[str, Any] | None = None
+        self.top: list[dict[str, Any]] = []
+        self._evaluation: Any = None
+        self._saved_step = -1  # optimizer step that `last` holds
+        self._seen_step = 0
+        self._updating = False
+        self._checked = False
+        self._failure: OSError | RuntimeError | None = None
+
+    @property
+    def best_model_path(self) -> str:
+        return str(self.directory / "best.ckpt") if self.best else ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.directory = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        for leftover in self.directory.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation = next((c for c in trainer.callbacks if hasattr(c, "evaluated_this_epoch")), None)
+        simulated = self._evaluation is not None and self._evaluation.enabled
+        if self.monitor is None:
+            self.monitor = "val/success" if simulated else "val/loss"
+        elif self.monitor.startswith("val/success") and not simulated:
+            raise ValueError(
+                f"checkpoints.monitor is {self.monitor}, but no simulation runs (evaluation.episodes is 0). Switch it on, or "
+                "set checkpoints.monitor: val/loss."
+            )
+        if self.mode is None:
+            self.mode = "max" if "success" in self.monitor else "min"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
+            say("No validation: checkpoints/last.ckpt is written, checkpoints/best.ckpt is not.")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._updating = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._updating = False
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        # The epoch's last batch is left to the end of the epoch: resuming from here would skip its validation.
+        last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.every_n_steps and step % self.every_n_steps == 0 and not last_batch:
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        assert self.monitor is not None
+        if self._evaluation is not None and self.monitor.startswith("val/success") and not self._evaluation.evaluated_this_epoch:
+            return  # the logged value is of an earlier epoch
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise KeyError(
+                f"checkpoints.monitor is {self.monitor!r}, which nothing logs. Logged are: {', '.join(sorted(metrics))}."
+            )
+        score = float(metrics[self.monitor])
+        tie = float(metrics[self.tie_break]) if self.tie_break in metrics else math.inf
+        entry = {
+            "file": "best.ckpt",
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "monitor": self.monitor,
+            "score": score,
+            "tie": tie,
+        }
+        entry = trainer.strategy.broadcast(entry)
+        if math.isnan(entry["score"]):
+            return
+        if self._rank(entry) < self._rank(self.best):
+            former, self.best = self.best, entry
+            if not self._save(trainer, "best.ckpt", optimizer=self.best_optimizer):
+                self.best = former
+            elif trainer.is_global_zero:
+                _write_json(self.directory / "checkpoint.json", entry)
+        if self.top_k:
+            self._keep_top(trainer, entry)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.fit_loop.epoch_progress.current.processed == (
+            trainer.max_epochs or -1
+        ):
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved_step != trainer.global_step or self._failure is not None:
+            self._save_last(trainer)
+        if self._failure is not None:
+            raise RuntimeError(f"The last checkpoint could not be written: {self._failure}") from self._failure
+        if self.best is not None:
+            best = self.best
+            say(f"Best {best['monitor']} {best['score']:.4g} in epoch {best['epoch'] + 1}: {self.best_model_path}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.optimizers or trainer.fast_dev_run:
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        accumulating = progress.completed % trainer.accumulate_grad_batches and progress.completed < trainer.num_training_batches
+        sound = not self._updating and not accumulating and not isinstance(exception, NoCheckpointNow)
+        if trainer.global_step == 0:
+            return
+        if isinstance(exception, SIGTERMException | KeyboardInterrupt) or trainer.world_size == 1:
+            if sound:
+                try:
+                    self._save_last(trainer, interrupted=True)
+                except NoCheckpointNow as error:
+                    say(f"Not saved: {error} {self._kept()}")
+            else:
+                say(f"Not saved: the interruption came within an optimizer step. {self._kept()}")
+        else:
+            say(self._kept())  # the ranks may be at different places
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "top": self.top}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+        self.top = list(state_dict["top"])
+
+    def _rank(self, entry: dict[str, Any] | None) -> tuple[float, float]:
+        """Sort key: the smaller, the better."""
+        if entry is None:
+            return (math.inf, math.inf)
+        tie = math.inf if math.isnan(entry["tie"]) else entry["tie"]
+        return (-entry["score"] if self.mode == "max" else entry["score"], tie)
+
+    def _keep_top(self, trainer: Trainer, entry: dict[str, Any]) -> None:
+        assert self.monitor is not None
+        entry = entry | {"file": f"epoch{entry['epoch']:04d}_{self.monitor.split('/')[-1]}{entry['score']:.3f}.ckpt"}
+        kept = [other for other in self.top if other["file"] != entry["file"]]
+        ranked = sorted([*kept, entry], key=self._rank)
+        if entry in ranked[: self.top_k] and self._save(trainer, entry["file"], optimizer=self.best_optimizer):
+            self.top = ranked[: self.top_k]
+            if trainer.is_global_zero:
+                for other in ranked[self.top_k :]:
+                    (self.directory / other["file"]).unlink(missing_ok=True)
+
+    def _save_last(self, trainer: Trainer, interrupted: bool = False) -> None:
+        step = trainer.global_step
+        if self._save(trainer, "last.ckpt", optimizer=True, interrupted=interrupted):
+            self._saved_step = step
+
+    def _save(self, trainer: Trainer, name: str, *, optimizer: bool, interrupted: bool = False) -> bool:
+        """Writes one file; returns False, and says so, when the disk refuses. The former file then stays."""
+        if trainer.fast_dev_run:
+            return False
+        for callback in trainer.callbacks:
+            if hasattr(callback, "before_checkpoint"):
+                callback.before_checkpoint(trainer, together=not interrupted)  # a guard refuses weights that are not finite
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if interrupted:
+            settle(checkpoint["loops"]["fit_loop"], trainer)
+        if not optimizer:
+            for key in ("optimizer_states", "lr_schedulers"):
+                checkpoint.pop(key, None)
+        if not self._checked and (offender := foreign_object(checkpoint)):
+            raise TypeError(
+                f"The checkpoint would not load again: {offender}. Checkpoints hold tensors and plain containers only; convert "
+                "it where it is made (paths and numpy numbers to str and float)."
+            )
+        path = self.directory / name
+        try:
+            trainer.strategy.save_checkpoint(checkpoint, path)
+            self._failure = None
+        except (OSError, RuntimeError) as failure:
+            self._failure = failure
+            say(f"WARNING: {path} could not be written: {failure}. Training goes on; {self._kept()}")
+            return False
+        finally:
+            if not interrupted:
+                trainer.strategy.barrier("checkpoint")
+        if not self._checked and trainer.is_global_zero:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self._checked = True
+        return True
+
+    def _kept(self) -> str:
+        path = self.directory / "last.ckpt"
+        if not path.exists():
+            return "There is no checkpoint of this run yet."
+        return f"{path} is whole, of step {self._saved_step if self._saved_step >= 0 else 'the run taken up'}."
+
+
+def settle(fit_loop: dict[str, Any], trainer: Trainer) -> None:
+    """Turns the loop state of an interrupted run into one that Lightning resumes between two batches, or before a validation.
+
+    An interruption leaves counters that Lightning's restart does not foresee: a batch that began and did not end, a validation
+    half done. The batch is done again on resuming, and the whole validation.
+
+    Args:
+        fit_loop: the checkpoint's state of the fit loop, changed in place.
+        trainer: the interrupted trainer.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    for counters in (batches["total"], batches["current"]):
+        counters.update(dict.fromkeys(("ready", "started", "processed"), counters["completed"]))
+    epoch_done = batches["current"]["completed"] >= trainer.num_training_batches
+    batches["is_last_batch"] = epoch_done
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    zeros = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+    validation["current"].update(zeros)
+    # "ready and started, not processed" is how Lightning knows a validation that must be run again.
+    validation["total"].update(zeros | ({"ready": 1, "started": 1} if epoch_done and trainer.validating else {}))
+    validation["is_last_batch"] = False
+
+
+def foreign_object(value: Any, where: str = "checkpoint") -> str | None:
+    """Names the first thing that `torch.load(weights_only=True)` would refuse, None if there is none."""
+    if value is None or isinstance(value, (bool, str, bytes, torch.Size, torch.device, torch.dtype)):
+        return None
+    if type(value) in (int, float, complex) or isinstance(value, torch.Tensor):
+        return None
+    if isinstance(value, dict):
+        if type(value).__name__ not in ("dict", "OrderedDict", "Counter"):
+            return f"{where} is a {type(value).__module__}.{type(value).__qualname__}"
+        for key, item in value.items():
+            found = foreign_object(key, f"{where} (a key)") or foreign_object(item, f"{where}[{key!r}]")
+            if found:
+                return found
+        return None
+    if type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            if found := foreign_object(item, f"{where}[{index}]"):
+                return found
+        return None
+    return f"{where} is a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Opens a checkpoint without reading its tensors into memory.
+
+    Raises:
+        FileNotFoundError: there is none; names what lies beside.
+        ValueError: the file is damaged or holds more than tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(item.name for item in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint that can be read safely ({first}).") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def _fsync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # not every file system lets a folder be opened
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,51 @@
+"""A new run that starts from the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_robot.callbacks.checkpoints import read_checkpoint
+from lightning_robot.console import say
+from lightning_robot.features import Features, check_compatible
+
+
+class InitialWeights(Callback):
+    """Copies a checkpoint's weights, averaged ones where there are any, into the networks before training begins.
+
+    The normaliser comes along: the weights fit its units. Optimizer, schedule and counters start afresh.
+
+    Args:
+        path: the checkpoint, None for none.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.path is None or trainer.ckpt_path is not None:
+            return
+        checkpoint = read_checkpoint(self.path)
+        require_class(checkpoint, pl_module, self.path)
+        features = checkpoint.get("hyper_parameters", {}).get("features")
+        if features and hasattr(pl_module, "features"):
+            for note in check_compatible(Features.from_dict(features), pl_module.features):
+                say(note)
+        state = dict(checkpoint["state_dict"])
+        state.update(checkpoint.get("ema_state_dict") or {})
+        pl_module.load_state_dict(state)
+        which = "averaged" if checkpoint.get("ema_state_dict") else "raw"
+        say(f"Starting from the {which} weights of {self.path} (step {checkpoint['global_step']}), its normaliser included.")
+
+
+def require_class(checkpoint: dict[str, Any], pl_module: LightningModule, path: str) -> None:
+    """Refuses a checkpoint of another policy.
+
+    Raises:
+        ValueError: names both classes.
+    """
+    own = f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
+    theirs = checkpoint.get("class_path")
+    if theirs != own:
+        raise ValueError(f"{path} is a checkpoint of {theirs or 'an unknown class'}; the model here is {own}.")

@@ -1,0 +1,396 @@
+"""Wiring of the commands that need a Trainer: fit, validate, test, predict."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_robot.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from lightning_robot.callbacks.compile import Compile
+from lightning_robot.callbacks.ema import EMA
+from lightning_robot.callbacks.evaluation import SimulationEvaluation
+from lightning_robot.callbacks.guards import DiskFullError, Guards, NonFiniteError
+from lightning_robot.callbacks.initial_weights import InitialWeights, require_class
+from lightning_robot.callbacks.metrics_file import MetricsFile
+from lightning_robot.callbacks.progress import PlainProgress, silence_tips
+from lightning_robot.callbacks.run_directory import HANDED_OVER, RunDirectory, find_run, name_run
+from lightning_robot.callbacks.signals import StopSignals
+from lightning_robot.callbacks.step_seeds import StepSeeds
+from lightning_robot.callbacks.throughput import Throughput
+from lightning_robot.console import say
+from lightning_robot.features import IncompatibleFeatures
+
+# Parts of every run: groups of the parser, so that no overlay's list of callbacks can replace them. Averaging comes before
+# evaluation; Lightning itself moves checkpoints to the end.
+PARTS: dict[str, type[Callback]] = {
+    "run": RunDirectory,
+    "guards": Guards,
+    "compile": Compile,
+    "ema": EMA,
+    "evaluation": SimulationEvaluation,
+    "throughput": Throughput,
+    "checkpoints": Checkpoints,
+}
+
+# What a resumed run may change: where it runs, not what it does.
+RESUME_MAY_SET = (
+    "--trainer.accelerator",
+    "--trainer.devices",
+    "--trainer.num_nodes",
+    "--trainer.strategy",
+    "--trainer.enable_progress_bar",
+    "--data.num_workers",
+)
+
+
+class CommandLineError(Exception):
+    """Something in the command line or a configuration is wrong; the message is one useful line."""
+
+
+class Parser(LightningArgumentParser):
+    """Errors are one line that names the key and the nearest right one; exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        print(f"error: {self._useful_line(message, ex)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _useful_line(self, message: str, ex: Exception | None) -> str:
+        parser = getattr(ex, "subcommand_parser", self)
+        if found := re.search(r"unrecognized arguments: (\S+)", message):
+            flag = found.group(1).split("=")[0]
+            return f"no option {flag}{_nearest(flag.lstrip('-'), self._keys(), '--')}"
+        if found := re.search(r"(?:[Oo]ption|key) '([^']+)' is not accepted|does not accept option '([^']+)'", message):
+            key = found.group(1) or found.group(2)
+            return f"no setting {key!r}{_nearest(key, parser._keys())}"
+        if found := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", message):
+            return f"class_path {found.group(1)!r}: {found.group(2).strip().rstrip('.')}"
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+        if not lines:
+            return message
+        expected = [line for line in lines[1:] if line.startswith("Expected")]
+        given = [line for line in lines[1:] if line.startswith("Given value:")]
+        if expected:
+            return " ".join([lines[0], "; or ".join(dict.fromkeys(expected)), *given])
+        return lines[0]
+
+    def _keys(self) -> list[str]:
+        """Every key that this parser, or the command's parser inside it, accepts."""
+        keys = []
+        for action in self._actions:
+            if action.dest not in ("help", "==SUPPRESS=="):
+                keys.append(action.dest)
+            for inner in (getattr(action, "_name_parser_map", None) or {}).values():
+                keys += inner._keys()
+        return keys
+
+
+def _nearest(key: str, keys: list[str], prefix: str = "") -> str:
+    """`` ; did you mean …`` for the nearest key: the whole path first, then its last part."""
+    near = get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:
+        last = key.split(".")[-1]
+        ends = {other.split(".")[-1]: other for other in keys}
+        near = [ends[end] for end in get_close_matches(last, list(ends), n=1, cutoff=0.7)]
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with the parts of a run that are always there.
+
+    Args:
+        argv: command and options.
+        resumed: the run that is taken up again, None for a new one.
+    """
+
+    def __init__(self, argv: list[str], resumed: Path | None = None) -> None:
+        self.resumed = resumed
+        self.run_path: Path | None = None
+        self.signals = StopSignals()
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # the run directory keeps it
+            auto_configure_optimizers=False,  # a policy brings its own; a flag must not replace it
+            parser_class=Parser,
+            seed_everything_default=42,
+            trainer_defaults={
+                "inference_mode": False,  # steering needs gradients while evaluating
+                "use_distributed_sampler": False,  # the data modules shard episodes themselves
+                "log_every_n_steps": 10,
+            },
+            args=argv,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("allow_abbrev", False)
+        return super().init_parser(**kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        commands["fit"] = commands["fit"] | {"ckpt_path"}  # --resume and --init_from instead: they say which is meant
+        return {name: skipped | {"weights_only"} for name, skipped in commands.items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name, part in PARTS.items():
+            parser.add_lightning_class_args(part, name)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                default=None,
+                help="Checkpoint whose weights (averaged ones where there are any) a new run starts from.",
+            )
+            parser.add_argument(
+                "--resume",
+                type=str | None,
+                default=None,
+                help="Run directory to take up again with its own settings, or 'latest'.",
+            )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint never changes the settings of the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.trainer.use_distributed_sampler:
+            raise CommandLineError(
+                "trainer.use_distributed_sampler must stay false: the data modules give each process its own episodes; "
+                "Lightning's sampler would shuffle and repeat them."
+            )
+        make_absolute(config)
+        if self.subcommand != "fit":
+            config["ckpt_path"] = resolve_checkpoint(config.ckpt_path, config.run.root)
+            return
+        if self.resumed is not None:
+            self.run_path = self.resumed
+            return
+        if config.init_from is not None:
+            checkpoint = read_checkpoint(config.init_from)
+            if checkpoint.get("class_path") != config.model.class_path:
+                raise CommandLineError(
+                    f"--init_from {config.init_from} is a checkpoint of {checkpoint.get('class_path', 'an unknown class')}; the "
+                    f"configuration names {config.model.class_path}."
+                )
+        self.run_path = name_run(config.run.root, config.run.experiment, int(config.seed_everything))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        settings = self.config[self.subcommand]
+        parts = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
+        # A part that a configuration also lists among the callbacks would run twice.
+        listed = [type(callback) for callback in _as_list(config.get("callbacks"))]
+        for name, part in PARTS.items():
+            if part in listed:
+                raise CommandLineError(f"trainer.callbacks lists {part.__name__}, which every run has; set {name}.* instead.")
+        callbacks = [StepSeeds(int(settings.seed_everything)), *callbacks]
+        if self.subcommand == "fit":
+            assert self.run_path is not None
+            callbacks += [self.signals, InitialWeights(settings.init_from)]
+            # Initial weights before averaging: the average starts from them.
+            callbacks.sort(key=lambda callback: not isinstance(callback, StepSeeds | RunDirectory | InitialWeights))
+            config["logger"] = self._loggers(config.get("logger"), parts["run"])
+            config["default_root_dir"] = str(self.run_path)
+            text = self._parser("fit").dump(settings, skip_none=False)
+            text = re.sub(r"(?m)^resume: .*$", "resume: null", text)
+            parts["run"].begin(
+                self.run_path, text, int(settings.seed_everything), self.resumed is not None, settings.init_from
+            )
+        else:
+            config["logger"] = _as_list(config.get("logger")) or False
+            config["default_root_dir"] = str(evaluation_folder(settings.ckpt_path, settings.run.root, str(self.subcommand)))
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(refresh_rate=20) if sys.stderr.isatty() else PlainProgress())
+        config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _loggers(self, asked: Any, run: RunDirectory) -> list[Logger]:
+        """The metrics file always, TensorBoard unless switched off, then what the configuration asks for."""
+        first_step = None
+        if self.resumed is not None:
+            first_step = read_checkpoint(self.resumed / "checkpoints" / "last.ckpt").get("next_logged_step")
+        assert self.run_path is not None
+        loggers: list[Logger] = [MetricsFile(self.run_path, first_step)]
+        if run.tensorboard:
+            loggers.append(
+                TensorBoardLogger(self.run_path, name="", version="tensorboard", default_hp_metric=False, purge_step=first_step)
+            )
+        for logger in _as_list(asked):
+            if isinstance(logger, Logger):
+                if hasattr(logger, "_wandb_init"):  # Weights & Biases: inside the run directory, one entry per run
+                    logger._save_dir = str(self.run_path)
+                    logger._wandb_init.update(dir=str(self.run_path), id=self.run_path.name, resume="allow")
+                    logger._id = self.run_path.name
+                loggers.append(logger)
+        return loggers
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if self.resumed is not None:
+            arguments["ckpt_path"] = str(self.resumed / "checkpoints" / "last.ckpt")
+        if arguments.get("ckpt_path"):
+            path = arguments["ckpt_path"]
+            checkpoint = read_checkpoint(path)
+            require_class(checkpoint, self.model, path)
+            adopt_features(self.model, checkpoint)
+        return arguments
+
+
+def adopt_features(model: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Gives a policy the features (and task table) of its checkpoint, so that data are checked against them."""
+    saved = checkpoint.get("hyper_parameters", {})
+    for name in ("features", "language"):
+        if name in model.hparams and model.hparams[name] is None and saved.get(name) is not None:
+            model.hparams[name] = saved[name]
+
+
+def resolve_checkpoint(name: str | None, root: str) -> str | None:
+    """Finds the checkpoint that `--ckpt_path` means: a file, a run directory (its best), ``best`` or ``last`` of the newest run.
+
+    Raises:
+        FileNotFoundError: names where was looked.
+    """
+    if name is None:
+        return None
+    if name in ("best", "last"):
+        path = (Path(root).expanduser() / "latest").resolve() / "checkpoints" / f"{name}.ckpt"
+    else:
+        path = Path(name).expanduser().absolute()
+        if path.is_dir():
+            path = path / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        beside = sorted(str(item) for item in path.parent.glob("*.ckpt"))
+        raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
+    return str(path)
+
+
+def evaluation_folder(checkpoint: str | None, root: str, subcommand: str) -> Path:
+    """Where validate, test and predict write: beside the checkpoint's run, or under the runs' root."""
+    if checkpoint is not None and (run := Path(checkpoint).parent.parent) and (run / "run.json").exists():
+        return run / subcommand
+    return Path(root).expanduser().absolute() / subcommand
+
+
+def make_absolute(config: Any) -> None:
+    """Makes the paths of the data absolute: the saved configuration works from any folder."""
+    arguments = (config.get("data") or {}).get("init_args") or {}
+    for key in ("root", "store"):
+        value = arguments.get(key)
+        if isinstance(value, str) and (key == "store" or Path(value).expanduser().exists()):
+            arguments[key] = str(Path(value).expanduser().absolute())
+    config["run"]["root"] = str(Path(config["run"]["root"]).expanduser().absolute())
+    if config.get("init_from"):
+        config["init_from"] = str(Path(config["init_from"]).expanduser().absolute())
+
+
+def resumed_arguments(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Replaces ``--resume RUN`` by the run's own configuration.
+
+    Returns:
+        the arguments to parse, and the run directory (None where nothing is resumed).
+
+    Raises:
+        CommandLineError: settings are given besides `--resume`.
+        FileNotFoundError: there is nothing to resume.
+    """
+    name, rest, root, experiment = None, [], "runs", None
+    items = iter(argv[1:])
+    for item in items:
+        flag, equals, value = item.partition("=")
+        if flag in ("--resume", "--run.root", "--run.experiment"):
+            value = value if equals else next(items, "")
+            if flag == "--resume":
+                name = value
+            elif flag == "--run.root":
+                root = value
+            else:
+                experiment = value
+            if flag != "--resume":
+                rest += [flag, value]
+        else:
+            rest.append(item)
+    if name is None or name == "null":
+        return argv, None
+    if not name:
+        raise CommandLineError("--resume needs a run directory, or 'latest'.")
+    run = find_run(name, Path(root) / experiment if experiment and name == "latest" else root)
+    kept, refused = [], []
+    items = iter(rest)
+    for item in items:
+        flag, equals, value = item.partition("=")
+        if flag in ("--run.root", "--run.experiment"):
+            next(items, None)
+        elif flag in RESUME_MAY_SET:
+            kept += [item] if equals else [item, next(items, "")]
+        elif flag.startswith("-"):
+            refused.append(flag)
+    if refused:
+        raise CommandLineError(
+            f"--resume takes up {run} with its own settings; {', '.join(refused)} would change them. New settings make a new "
+            f"run: fit --config {run / 'config.yaml'} --init_from {run / 'checkpoints' / 'last.ckpt'} and your options. "
+            f"A resumed run may set {', '.join(RESUME_MAY_SET)}."
+        )
+    return ["fit", "--config", str(run / "config.yaml"), *kept], run
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def main(argv: list[str]) -> int:
+    """Runs fit, validate, test or predict.
+
+    Args:
+        argv: the command and its options.
+
+    Returns:
+        the exit code: 0, 1 for a failure that is explained in one line, 2 for a wrong command line, 128 + n after signal n.
+    """
+    silence_tips()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
+    line: CommandLine | None = None
+    try:
+        if argv[0] == "fit":
+            argv, resumed = resumed_arguments(argv)
+        else:
+            resumed = None
+        line = CommandLine.__new__(CommandLine)
+        line.__init__(argv, resumed)  # type: ignore[misc]  (runs the command: the object must be known when it is interrupted)
+    except SIGTERMException:
+        assert line is not None
+        number = line.signals.received or 15
+        say(f"Stopped by signal {number}. Continue with: python -m lightning_robot fit --resume {line.run_path}")
+        return 128 + number
+    except (CommandLineError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (IncompatibleFeatures, NonFiniteError, DiskFullError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        os.environ.pop(HANDED_OVER, None)
+    return 0
