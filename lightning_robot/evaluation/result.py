@@ -57,7 +57,8 @@ class EpisodeRecord:
         success_at_reset: the environment reported success before the first action: the policy did nothing for it.
         start_state: hash of the first observation.
         queries: chunks asked of the policy.
-        clipped_steps: steps whose action lay outside the environment's bounds and was clipped.
+        steps_out_of_bounds: steps whose action lay outside the environment's bounds by more than rounding; what it does
+            with them is the environment's affair.
     """
 
     seed: int
@@ -69,7 +70,7 @@ class EpisodeRecord:
     success_at_reset: bool
     start_state: str
     queries: int
-    clipped_steps: int
+    steps_out_of_bounds: int
 
     @property
     def outcome(self) -> str:
@@ -185,7 +186,7 @@ class EvaluationResult:
             "mean_total_reward": _plain(_mean([record.total_reward for record in self.records])),
             "distinct_start_states": len({record.start_state for record in self.records}),
             "successes_true_at_reset": sum(record.success_at_reset for record in self.records),
-            "clipped_share": sum(record.clipped_steps for record in self.records) / steps if steps else 0.0,
+            "share_out_of_bounds": sum(record.steps_out_of_bounds for record in self.records) / steps if steps else 0.0,
             "errors": len(self.errors),
         }
 
@@ -282,11 +283,11 @@ class EvaluationResult:
         distinct = summary["distinct_start_states"]
         if distinct < self.episodes - len(self.errors):
             sentences.append(f"Only {distinct} distinct start states in {self.episodes} episodes: the interval is too narrow.")
-        if summary["clipped_share"] > 0.1:
-            share = 100 * summary["clipped_share"]
+        if summary["share_out_of_bounds"] > 0.1:
+            share = 100 * summary["share_out_of_bounds"]
             sentences.append(
-                f"Actions of {share:.0f} % of the steps lay outside the environment's bounds and were clipped: compare units "
-                "and action form of training and environment."
+                f"Actions of {share:.0f} % of the steps lay outside the environment's bounds: compare units and action "
+                "form of training and environment."
             )
         for record in self.errors[:5]:
             where = f"Seed {record.seed}" + (f" ({record.task})" if record.task else "")

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 
 from lightning_robot.console import progress as show_progress
-from lightning_robot.console import say
 from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling
 from lightning_robot.evaluation.result import EpisodeRecord, EpisodeTimes, EvaluationResult
 from lightning_robot.evaluation.stepping import (
@@ -76,7 +76,7 @@ class _Running:
     success: bool = False
     success_said: bool = False
     success_at_reset: bool = False
-    clipped_steps: int = 0
+    steps_out_of_bounds: int = 0
     inference_ms: list[float] = field(default_factory=list)
     latest: Transition = field(default_factory=Transition)
 
@@ -120,7 +120,7 @@ class _Running:
             success_at_reset=self.success_at_reset,
             start_state=self.start_state,
             queries=len(self.inference_ms),
-            clipped_steps=self.clipped_steps,
+            steps_out_of_bounds=self.steps_out_of_bounds,
         )
         times = EpisodeTimes(episode.seed, episode.task, time.perf_counter() - self.started, tuple(self.inference_ms))
         return record, times
@@ -193,9 +193,6 @@ def rollout(
     try:
         description = pool.describe()
         notes = _meet(policy, description)
-        if rank == 0:
-            for note in notes:
-                say(note)
         limit = _step_limit(description, max_steps)
         with acting(policy, threads):
             played: Iterator = play(pool, controller, share, description, limit)
@@ -224,10 +221,8 @@ def rollout(
         seconds=time.perf_counter() - started,
         processes=pool.processes,
     )
-    if len(result.errors) == len(records):
-        raise EnvironmentFault(
-            f"Every one of {len(records)} episodes ended by an error; the first: {result.records[0].failure}."
-        )
+    if world_size == 1:
+        refuse_errors_only(result)
     if videos is not None:
         from lightning_robot.evaluation.video import record_videos
 
@@ -281,8 +276,8 @@ def play(
                 broken.append((index, Transition(error="the policy's action is not finite")))
                 continue
             beyond = np.maximum(description.low - action, action - description.high)
-            running[index].clipped_steps += int((beyond > tolerance).any())
-            pool.send(index, "step", np.clip(action, description.low, description.high))
+            running[index].steps_out_of_bounds += int((beyond > tolerance).any())
+            pool.send(index, "step", action)
 
     for index in range(controller.num_envs):
         begin(index)
@@ -313,20 +308,49 @@ def play(
         yield lost.record()
 
 
-def check_environment(policy: Policy, make_env: MakeEnvironment) -> list[str]:
-    """Makes one environment and asks whether the policy can act in it; returns notes, raises what `rollout` would."""
+def refuse_errors_only(result: EvaluationResult) -> None:
+    """Raises `EnvironmentFault` if every episode ended by an error: that is no evaluation."""
+    if result.records and len(result.errors) == len(result.records):
+        first = result.records[0].failure
+        raise EnvironmentFault(f"Every one of {len(result.records)} episodes ended by an error; the first: {first}.")
+
+
+def environment_maker(env: str, arguments: dict[str, Any] | None = None) -> MakeEnvironment:
+    """What `rollout` calls to make environments: picklable, for worker processes too.
+
+    Args:
+        env: Gymnasium id.
+        arguments: of the environment's constructor.
+    """
+    import gymnasium
+
+    return partial(gymnasium.make, env, disable_env_checker=True, **(arguments or {}))
+
+
+def inspect_environment(policy: Policy, make_env: MakeEnvironment, tasks: Sequence[str] = ()) -> tuple[Description, list[str]]:
+    """Makes one environment and asks whether the policy can act in it, before the work.
+
+    Args:
+        policy: what shall act.
+        make_env: makes the environment.
+        tasks: task ids that it must know.
+
+    Returns:
+        What the environment says of itself, and differences that do not prevent acting.
+
+    Raises:
+        IncompatibleFeatures, EnvironmentFault: as `rollout` would; or the environment refuses a task.
+    """
     pool = open_pool(make_env, 1, policy.features, 0)
     try:
-        return _meet(policy, pool.describe())
-    finally:
-        pool.close()
-
-
-def environment_tasks(policy: Policy | None, make_env: MakeEnvironment) -> tuple[str, ...]:
-    """Task ids that an environment offers, empty for one without tasks."""
-    pool = open_pool(make_env, 1, None if policy is None else policy.features, 0)
-    try:
-        return pool.describe().tasks
+        description = pool.describe()
+        notes = _meet(policy, description)
+        for task in tasks:
+            pool.send(0, "reset", 0, task)
+            ((_, transition),) = pool.receive()
+            if transition.error:
+                raise EnvironmentFault(f"The environment cannot begin the task {task!r}: {transition.error}.")
+        return description, notes
     finally:
         pool.close()
 

@@ -65,6 +65,8 @@ class Reach(gymnasium.Env):
         if seed in self.die_at:
             os._exit(7)
         self.task = (options or {}).get("task", self.tasks[0] if self.tasks else "near")
+        if self.task not in ("near", "far"):
+            raise ValueError(f"no task {self.task}")
         reach = 1.0 if self.task == "near" else 1.6
         self.place = self.np_random.uniform(-reach, reach, 2) + (self.episodes if self.carry else 0)
         self.velocity = np.zeros(2)
@@ -75,7 +77,8 @@ class Reach(gymnasium.Env):
         time.sleep(self.delay)
         if self.seed_ in self.raise_at and self.count == 0:
             raise ValueError(f"seed {self.seed_} cannot be simulated")
-        assert self.action_space.contains(np.asarray(action, dtype=np.float32)), action
+        if np.abs(action).max() > 10:
+            raise ValueError("is the action un-normalised?")
         self.count += 1
         self.velocity = 0.5 * self.velocity + 0.2 * action.astype(np.float64)
         self.place = self.place + self.velocity + 0.3 * np.sin(9 * self.place[::-1])

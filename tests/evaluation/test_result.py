@@ -15,7 +15,7 @@ def record(seed, success=True, task="near", failure=None, **more):
         "success_at_reset": False,
         "start_state": f"{seed:x}",
         "queries": 3,
-        "clipped_steps": 0,
+        "steps_out_of_bounds": 0,
     }
     return EpisodeRecord(seed=seed, task=task, success=success, failure=failure, **(values | more))
 
@@ -69,8 +69,8 @@ def test_rows_are_sorted_and_counted():
     assert "Seed 2 (far) ended by error: ValueError: no" in warnings
 
 
-def test_repeated_start_states_and_clipped_actions_are_said():
-    result = EvaluationResult([record(seed, start_state="same", clipped_steps=9) for seed in range(3)])
+def test_repeated_start_states_and_out_of_bounds_actions_are_said():
+    result = EvaluationResult([record(seed, start_state="same", steps_out_of_bounds=9) for seed in range(3)])
     warnings = " ".join(result.warnings())
     assert "1 distinct start states in 3 episodes" in warnings
     assert "90 % of the steps" in warnings

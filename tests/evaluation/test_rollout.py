@@ -16,6 +16,7 @@ from lightning_robot.evaluation.rollout import (
     SELECTION_SEEDS,
     Episode,
     fingerprint_policy,
+    inspect_environment,
     plan_episodes,
     rollout,
 )
@@ -162,13 +163,16 @@ def test_action_that_is_not_finite_fails_the_episode(policy):
         rollout(sick, Reach, PLAN[:3], progress=False)
 
 
-def test_actions_beyond_the_bounds_are_clipped_and_said(policy):
+def test_actions_beyond_the_bounds_are_said():
     wild = TinyPolicy()
     predict = wild.predict_action_chunk
-    wild.predict_action_chunk = lambda *args, **kwargs: 40 * predict(*args, **kwargs)  # as if never un-normalised
+    wild.predict_action_chunk = lambda *args, **kwargs: 5 * predict(*args, **kwargs)
     result = rollout(wild, Reach, PLAN[:4], progress=False)
-    assert result.summary()["clipped_share"] > 0.9
+    assert result.summary()["share_out_of_bounds"] > 0.5
     assert any("outside the environment's bounds" in sentence for sentence in result.warnings())
+    wild.predict_action_chunk = lambda *args, **kwargs: 400 * predict(*args, **kwargs)
+    with pytest.raises(EnvironmentFault, match="un-normalised"):
+        rollout(wild, Reach, PLAN[:4], progress=False)
 
 
 def test_success_at_reset_is_counted_and_named(policy):
@@ -195,12 +199,16 @@ def test_unfit_environments_are_refused_before_the_first_episode(policy):
         rollout(policy, Reach, [*plan, plan[0]], progress=False)
 
 
-def test_another_simulator_is_noted(capsys):
+def test_another_simulator_is_noted():
     policy = TinyPolicy()
     policy.features.source["simulator"] = "fake 0"
     result = rollout(policy, Reach, PLAN[:2], progress=False)
     assert result.notes == ["simulator: trained with fake 0, evaluated with fake 1."]
-    assert capsys.readouterr().out.count("fake 0") == 1
+    description, notes = inspect_environment(policy, Reach, ("far",))
+    assert notes == result.notes
+    assert description.tasks == ("near", "far")
+    with pytest.raises(EnvironmentFault, match="cannot begin the task 'fly'"):
+        inspect_environment(policy, Reach, ("near", "fly"))
 
 
 def test_step_limit_is_the_smaller_one(policy):
