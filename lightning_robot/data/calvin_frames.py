@@ -72,6 +72,7 @@ class CalvinSettings:
             raise CalvinError(f"actions: {self.actions!r}; choose relative or absolute.")
         if not self.depth_scale > 0:
             raise CalvinError(f"depth_scale: {self.depth_scale}; it is a positive factor.")
+        _ = self.recipe  # refuses an impossible crop now
 
     @property
     def recipe(self) -> CloudRecipe:
