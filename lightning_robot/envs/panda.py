@@ -16,7 +16,10 @@ Array = NDArray[np.float64]
 
 BASE = (-0.34, -0.46, 0.24)
 REST = (-1.21779206, 1.03987646, 2.11978261, -2.34205014, -0.87015947, 1.64119353, 0.55344866)
-LIMITS = ((-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973), (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973))
+LIMITS = (
+    (-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973),
+    (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973),
+)
 FINGER_OPEN = 0.04  # m per finger
 
 # Per link: translation and rotation (extrinsic x, y, z) from its parent, mass, capsule (from, to, radius) in its own frame.
@@ -73,8 +76,10 @@ def panda_body(geoms: bool = True) -> str:
         parts.append(
             f'<body name="finger_{index}" pos="0 0 0.0584" gravcomp="1">'
             f'<joint name="finger_{index}" class="finger" axis="0 {side} 0" range="0 {FINGER_OPEN}"/>'
-            f'<geom name="finger_{index}" class="finger" type="box" pos="0 {side * 0.013} 0.0283" size="0.0105 0.009 0.0283" mass="0.07"/>'
-            f'<geom name="pad_{index}" class="finger" type="box" pos="0 {side * 0.0055} 0.077" size="0.01 0.0055 0.0204" mass="0.03"/>'
+            f'<geom name="finger_{index}" class="finger" type="box" pos="0 {side * 0.013} 0.0283" '
+            'size="0.0105 0.009 0.0283" mass="0.07"/>'
+            f'<geom name="pad_{index}" class="finger" type="box" pos="0 {side * 0.0055} 0.077" '
+            'size="0.01 0.0055 0.0204" mass="0.03"/>'
             "</body>"
         )
     return "".join(parts) + "</body>" * (len(_LINKS) + 2)
@@ -146,7 +151,7 @@ class PandaKinematics:
     def inverse(
         self,
         position: Array,
-        euler: Sequence[float],
+        euler: Sequence[float] | Array,
         start: Array,
         iterations: int = 3,
         damping: float = 0.03,
@@ -168,7 +173,7 @@ class PandaKinematics:
             (7,) within `LIMITS`, a new array.
         """
         _euler_to_quaternion(euler, self._target_quaternion)
-        joints = np.clip(start, self._lower, self._upper)
+        joints: Array = np.clip(start, self._lower, self._upper)
         jacobian, eye = self._jacobian, np.eye(6) * damping**2
         for _ in range(iterations):
             self._data.qpos[:] = joints
@@ -194,7 +199,7 @@ class PandaKinematics:
         return joints
 
 
-def _euler_to_quaternion(euler: Sequence[float], out: Array) -> None:
+def _euler_to_quaternion(euler: Sequence[float] | Array, out: Array) -> None:
     """Quaternion (w, x, y, z) of extrinsic x, y, z angles."""
     ca, sa = math.cos(euler[0] / 2), math.sin(euler[0] / 2)
     cb, sb = math.cos(euler[1] / 2), math.sin(euler[1] / 2)

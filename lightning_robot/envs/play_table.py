@@ -22,10 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
 from lightning_robot.envs.panda import FINGER_OPEN, PandaKinematics
-from lightning_robot.envs.play_table_model import LIGHT_COLORS, SCENES, play_table_xml
+from lightning_robot.envs.play_table_experts import Expert
+from lightning_robot.envs.play_table_model import LIGHT_COLORS, POSITION_UNIT, ROTATION_UNIT, SCENES, play_table_xml
 from lightning_robot.envs.play_table_starts import known_task, sample_scene, sample_tool_pose
 from lightning_robot.envs.ray_camera import RayCamera
-from lightning_robot.features import CALVIN_SCENE, Feature, Features, calvin_features
+from lightning_robot.features import Feature, Features, calvin_features
 from lightning_robot.geometry import euler_to_matrix, matrix_to_euler, matrix_to_quaternion, quaternion_to_matrix
 from lightning_robot.points import CloudRecipe, cloud_from_depth
 
@@ -33,7 +34,6 @@ Array = NDArray[np.float64]
 
 CONTROL_RATE = 30.0
 SUBSTEPS = 4
-POSITION_UNIT, ROTATION_UNIT = 0.02, 0.05  # m and rad that a relative action of 1 means
 FAR = {"static": 10.0, "gripper": 2.0}  # m, CALVIN's
 OBSERVATIONS = ("state", "point_cloud", "depth", "segmentation", "images", "environment_state")
 SEGMENTS = (
@@ -136,7 +136,8 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._gripper = 1.0
         self._lights = {"lightbulb": 0, "led": 0}
         self._pressed = self._switched = False
-        self._task, self._start, self._steps = self.tasks[0], {}, 0
+        self._task, self._steps = self.tasks[0], 0
+        self._start: calvin_tasks.Info = {}
         self._touched, self._forward, self._backward = False, 0.0, 0.0
         self._joint_start: Array = np.zeros(4)
         self._declare_spaces()
@@ -192,6 +193,21 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """The instruction that CALVIN evaluates the task with."""
         return calvin_tasks.SENTENCES[known_task(task)]
 
+    def task_paraphrases(self, task: str) -> tuple[str, ...]:
+        """Other ways to say the instruction, for training."""
+        return calvin_tasks.PARAPHRASES[known_task(task)]
+
+    def expert(self, random: np.random.Generator | None = None) -> Expert:
+        """The scripted expert for the task of this episode; its ``act()`` gives the action (7,) for the present state.
+
+        Args:
+            random: not needed by these experts, which are deterministic.
+
+        Raises:
+            ValueError: the task has no expert.
+        """
+        return Expert(self, self._task)
+
     def match(self, features: Features) -> None:
         """Offers what a policy was trained on: the observations it has, its cloud's recipe, picture sizes, action form.
 
@@ -208,7 +224,8 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             if kind not in wants:
                 wants.append(kind)
         if features.cloud is not None:
-            self.recipe = CloudRecipe.from_dict(features.cloud)
+            # Where in a pixel a ray passes is this renderer's own affair: its centre.
+            self.recipe = dataclasses.replace(CloudRecipe.from_dict(features.cloud), pixel_offset=(0.5, 0.5))
         elif "observation.point_cloud" in features.observations:
             points, columns = features.observations["observation.point_cloud"].shape
             self.recipe = dataclasses.replace(self.recipe, points=points, colors=columns == 6)
@@ -237,9 +254,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     # --- episodes ----------------------------------------------------------------------------------------------------------
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode.
 
         Args:
@@ -415,7 +430,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         qpos[self._part_qpos] = scene[:4]
         self._set_light("lightbulb", int(scene[4] > 0.5))
         self._set_light("led", int(scene[5] > 0.5))
-        self._pressed, self._switched = bool(scene[5] > 0.5) and bool(scene[2] > 0.010), False
+        self._pressed, self._switched = bool(scene[5] > 0.5), False  # CALVIN's logical states after a reset
         for index, (color, _) in enumerate(self._scene.blocks):
             place = scene[6 + 6 * index : 12 + 6 * index]
             quaternion = matrix_to_quaternion(euler_to_matrix(place[3:]))
@@ -563,7 +578,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
                 self._contact_names.append(("table", links[body]))
             elif body == "world":
                 fixed = {"plane": ("plane", -1), "led": ("table", links["led"]), "lightbulb": ("table", links["light"])}
-                fixed["plank"] = ("table", links["plank"])
+                fixed |= {"plank": ("table", links["plank"]), "pedestal": ("robot", -1)}
                 self._contact_names.append(fixed.get(name, ("table", links["base"])))
             else:
                 self._contact_names.append(("robot", _ROBOT_LINKS[name]))

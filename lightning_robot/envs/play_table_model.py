@@ -1,7 +1,8 @@
 """MJCF of CALVIN's play table, scenes A to D, built from primitives.
 
-Lengths in metres, world frame of CALVIN: z up, the table's front faces -y. Bodies: ``slider``, ``drawer``,
-``button``, ``switch``, ``block_<color>`` and the robot's. What is fixed belongs to the world body; of it ``plane``, ``plank``, ``led`` and ``lightbulb`` are named geoms.
+Lengths in metres, world frame of CALVIN: z up, the table's front faces -y. Bodies: ``slider``, ``drawer``, ``button``,
+``switch``, ``block_<color>`` and the robot's. What is fixed belongs to the world body; of it ``plane``, ``plank``, ``led`` and
+``lightbulb`` are named geoms.
 Groups: 0 what never moves, 1 what moves (a fixed camera casts group 0 once).
 """
 
@@ -15,6 +16,7 @@ from lightning_robot.geometry import CALVIN_STATIC_POSE, look_at
 
 Box = tuple[float, float, float, float, float, float]
 
+POSITION_UNIT, ROTATION_UNIT = 0.02, 0.05  # m and rad that a relative action of 1 means
 TOP = 0.44  # height of the working surface
 DRAWER_RANGE, SWITCH_RANGE, BUTTON_RANGE = 0.22, 0.088, 0.02
 BLOCK_SIZES = {"small": (0.04, 0.04, 0.04), "middle": (0.056, 0.04, 0.04), "big": (0.08, 0.04, 0.04)}
@@ -94,8 +96,7 @@ def play_table_xml(scene: Scene) -> str:
         *_side(right, 0.44),
         _box((left, right, 0.02, 0.16, 0.42, TOP), name="plank"),
         _box((scene.button - 0.08, scene.button + 0.08, 0.14, 0.18, 0.64785, 0.66385), name="led"),
-        '<geom name="lightbulb" class="fixed" type="ellipsoid" size="0.028 0.028 0.0248" '
-        f'pos="{scene.switch} 0.16 0.67265"/>',
+        f'<geom name="lightbulb" class="fixed" type="ellipsoid" size="0.028 0.028 0.0248" pos="{scene.switch} 0.16 0.67265"/>',
         # The ring stops blocks only: a finger that presses the button far down dips into it.
         f'<geom name="ring" class="fixed" type="cylinder" size="0.04 0.01" pos="{scene.button} -0.12 0.45" '
         'contype="8" rgba="0.45 0.36 0.27 1"/>',

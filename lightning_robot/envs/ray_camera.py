@@ -116,9 +116,7 @@ class RayCamera:
         distance[geom < 0] = np.inf
         return distance, geom
 
-    def _reaching(
-        self, data: mujoco.MjData, rotation: NDArray[np.float64], position: NDArray[np.float64]
-    ) -> NDArray[np.bool_]:
+    def _reaching(self, data: mujoco.MjData, rotation: NDArray[np.float64], position: NDArray[np.float64]) -> NDArray[np.bool_]:
         """(tiles, geoms) whether a geom's bounding box may be seen in a tile."""
         axes = data.geom_xmat.reshape(-1, 3, 3).transpose(0, 2, 1) @ rotation
         corners = self._corners @ axes + ((data.geom_xpos - position) @ rotation)[:, None]
