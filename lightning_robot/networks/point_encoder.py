@@ -78,6 +78,6 @@ class PointLinear(nn.Linear):
         if input.device.type != "cpu":
             return super().forward(input)
         rows = input.flatten(0, -2)  # (R, in)
-        image = rows.t().unsqueeze(0).unsqueeze(2)  # (1, in, 1, R), channels innermost in memory
-        result = F.conv2d(image, self.weight.unsqueeze(2).unsqueeze(3), self.bias)  # (1, out, 1, R)
-        return result.squeeze(2).squeeze(0).t().unflatten(0, input.shape[:-1])
+        image = rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)  # (1, in, 1, R), channels innermost in memory
+        result = F.conv2d(image, self.weight.view(*self.weight.shape, 1, 1), self.bias)  # (1, out, 1, R)
+        return result.permute(0, 2, 3, 1).view(*input.shape[:-1], self.out_features)
