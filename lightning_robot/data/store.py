@@ -44,7 +44,10 @@ KEYS = {
 _BATCH_KEYS = {name: key for key, name in KEYS.items()}
 
 LARGE_FRAME = 4096
-"""Bytes per frame from which an array is chunked by few frames when written, and not held in memory when read."""
+"""Bytes per frame from which an array is written in chunks of a few frames."""
+
+IN_MEMORY_BYTES = 64 << 20
+"""Decoded size up to which arrays of large frames are held in memory too."""
 
 
 class StoreError(ValueError):
@@ -64,7 +67,8 @@ def batch_key(name: str) -> str:
 class EpisodeStore:
     """Read access to a store; made by `open`.
 
-    Arrays of small frames (state, action) are read whole at the first use and kept; of large ones only what is asked for.
+    Small arrays, and those of small frames (state, action), are read whole at the first use and kept; of others only what is
+    asked for.
     Floating-point arrays come as float32 whatever the store holds. Images come as they are stored, (height, width, 3).
 
     Attributes:
@@ -131,7 +135,7 @@ class EpisodeStore:
 
     def is_large(self, key: str) -> bool:
         """True for arrays that are not held in memory."""
-        return self.frame_bytes(key) >= LARGE_FRAME
+        return self.frame_bytes(key) >= max(LARGE_FRAME, IN_MEMORY_BYTES // self.num_frames)
 
     def aligned_rows(self, key: str, max_bytes: int) -> int:
         """A number of rows of about `max_bytes` whose blocks do not cut a shard or chunk."""
@@ -166,10 +170,16 @@ class EpisodeStore:
             (R, ...)
         """
         if not self.is_large(key):
-            return self._whole(key)[rows]
+            return self.whole(key)[rows]
         unique, inverse = np.unique(rows, return_inverse=True)
         array = self._array(key)
         return array.get_orthogonal_selection((unique,)).astype(self.dtype(key), copy=False)[inverse]
+
+    def whole(self, key: str) -> np.ndarray:
+        """(frames, ...): all frames, read once and kept in memory."""
+        if key not in self._in_memory:
+            self._in_memory[key] = self._array(key)[:].astype(self.dtype(key), copy=False)
+        return self._in_memory[key]
 
     @cached_property
     def features(self) -> Features:
@@ -194,7 +204,7 @@ class EpisodeStore:
     def fingerprint(self) -> str:
         """Hash of decoded values, shapes and meaning (hexadecimal): equal however the bytes are packed.
 
-        It covers all small arrays, sixteen frames of each large one, episode ends and features.
+        It covers arrays of small frames whole, sixteen frames of others, episode ends and features.
         """
         return self._group.attrs.get("fingerprint") or self._fingerprint()
 
@@ -234,11 +244,6 @@ class EpisodeStore:
             raise StoreError(f"{self.path} holds no {key}; it holds {', '.join(self.keys)}.")
         return self._arrays[key]
 
-    def _whole(self, key: str) -> np.ndarray:
-        if key not in self._in_memory:
-            self._in_memory[key] = self._array(key)[:].astype(self.dtype(key), copy=False)
-        return self._in_memory[key]
-
     def _meta(self, name: str) -> np.ndarray | None:
         meta = self._group["meta"]
         return np.asarray(meta[name][:]) if name in meta else None
@@ -263,10 +268,11 @@ class EpisodeStore:
         digest.update(json.dumps(features, sort_keys=True).encode())
         for key in self.keys:
             digest.update(f"{key} {self.shape(key)} {self.dtype(key)}".encode())
-            if self.is_large(key):
-                values = self.gather(key, np.unique(np.linspace(0, self.num_frames - 1, 16).astype(np.int64)))
+            if self.frame_bytes(key) >= LARGE_FRAME:
+                rows = np.unique(np.linspace(0, self.num_frames - 1, 16).astype(np.int64))
+                values = self._array(key).get_orthogonal_selection((rows,)).astype(self.dtype(key), copy=False)
             else:
-                values = self.gather(key, np.arange(self.num_frames))
+                values = self.read(key, slice(None))
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 

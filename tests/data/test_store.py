@@ -219,6 +219,17 @@ def test_broken_stores_are_refused_with_a_remedy(tmp_path):
         EpisodeStore.open(path).read("observation.images.static", slice(0, 1))
 
 
+def test_large_arrays_are_gathered_without_being_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_robot.data.store.IN_MEMORY_BYTES", 0)
+    store = write(tmp_path / "a.zarr")
+    rows = np.array([69, 3, 3, 44, 0])
+    assert store.is_large("observation.point_cloud")
+    assert not store.is_large("action")
+    cloud = store.gather("observation.point_cloud", rows)
+    np.testing.assert_array_equal(cloud, frames()["observation.point_cloud"][rows])
+    assert "observation.point_cloud" not in store._in_memory
+
+
 def test_floating_point_comes_as_float32(tmp_path):
     group = zarr.open_group(str(tmp_path / "f64.zarr"), mode="w", zarr_format=2)
     group.create_array("data/state", data=np.arange(12.0).reshape(4, 3))
