@@ -413,7 +413,7 @@ def _checksums(writer: StoreWriter) -> dict[int, dict[str, int]]:
 
 def _verify(plan: _Plan, writer: StoreWriter, processes: int) -> int:
     """Reads all shards back and converts sampled frames again; returns the number of the latter."""
-    edges = [row for episode in np.linspace(0, len(plan.ends) - 1, 32).astype(int) for row in _edges(plan, int(episode))]
+    edges = [row for episode in np.linspace(0, len(plan.ends) - 1, 8).astype(int) for row in _edges(plan, int(episode))]
     sampled = sorted({*edges, *np.linspace(0, writer.num_frames - 1, VERIFIED_FRAMES).astype(int).tolist()})
     noted = _checksums(writer)
     tasks = [
