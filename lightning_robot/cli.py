@@ -212,9 +212,7 @@ class CommandLine(LightningCLI):
             config["default_root_dir"] = str(self.run_path)
             text = self._parser("fit").dump(settings, skip_none=False)
             text = re.sub(r"(?m)^resume: .*$", "resume: null", text)
-            parts["run"].begin(
-                self.run_path, text, int(settings.seed_everything), self.resumed is not None, settings.init_from
-            )
+            parts["run"].begin(self.run_path, text, int(settings.seed_everything), self.resumed is not None, settings.init_from)
         else:
             config["logger"] = _as_list(config.get("logger")) or False
             config["default_root_dir"] = str(evaluation_folder(settings.ckpt_path, settings.run.root, str(self.subcommand)))

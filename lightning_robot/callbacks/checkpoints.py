@@ -139,7 +139,11 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         assert self.monitor is not None
-        if self._evaluation is not None and self.monitor.startswith("val/success") and not self._evaluation.evaluated_this_epoch:
+        if (
+            self._evaluation is not None
+            and self.monitor.startswith("val/success")
+            and not self._evaluation.evaluated_this_epoch
+        ):
             return  # the logged value is of an earlier epoch
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
@@ -187,7 +191,9 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.optimizers or trainer.fast_dev_run:
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        accumulating = progress.completed % trainer.accumulate_grad_batches and progress.completed < trainer.num_training_batches
+        accumulating = (
+            progress.completed % trainer.accumulate_grad_batches and progress.completed < trainer.num_training_batches
+        )
         sound = not self._updating and not accumulating and not isinstance(exception, NoCheckpointNow)
         if trainer.global_step == 0:
             return

@@ -20,7 +20,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_robot.console import is_first_process, say
 
 HANDED_OVER = "LIGHTNING_ROBOT_RUN_DIRECTORY"
-VERSIONED = ("lightning_robot", "torch", "lightning", "jsonargparse", "diffusers", "zarr", "mujoco", "gymnasium", "numpy", "timm")
+VERSIONED = (
+    "lightning_robot",
+    "torch",
+    "lightning",
+    "jsonargparse",
+    "diffusers",
+    "zarr",
+    "mujoco",
+    "gymnasium",
+    "numpy",
+    "timm",
+)
 
 
 class RunDirectory(Callback):
@@ -140,8 +151,9 @@ def next_logged_step(trainer: Trainer) -> int:
     """The step under which the first row after this moment will be logged."""
     loop = trainer.fit_loop.epoch_loop
     progress = loop.batch_progress.current
-    in_batch_end = progress.processed == progress.completed + 1 and not loop._should_accumulate()
-    return loop._batches_that_stepped + int(in_batch_end)
+    # Lightning counts the step after the batch's last hook and after the validation that follows it.
+    counted_later = progress.processed == progress.completed + 1 or trainer.validating
+    return loop._batches_that_stepped + int(counted_later and not loop._should_accumulate())
 
 
 def batch_statement(trainer: Trainer) -> dict[str, int]:

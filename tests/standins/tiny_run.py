@@ -163,9 +163,7 @@ class TinyData(LightningDataModule):
 
     def statistics(self, keys: tuple[str, ...]) -> dict[str, Statistics]:
         sizes = {"observation.state": 3, "action": 2}
-        return {
-            key: Statistics(*(np.full(sizes[key], v, np.float64) for v in (-1, 1, 0, 1, -1, 1)), count=10) for key in keys
-        }
+        return {key: Statistics(*(np.full(sizes[key], v, np.float64) for v in (-1, 1, 0, 1, -1, 1)), count=10) for key in keys}
 
     def train_dataloader(self):
         self.sampler = Batches(self.rows, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
@@ -204,3 +202,28 @@ class At(Callback):
             if self.what == "fail":
                 raise RuntimeError("as asked")
             os.kill(os.getpid(), signal.SIGKILL if self.what == "kill" else signal.SIGTERM)
+
+
+def tiny_trainer(folder, *callbacks, **settings):
+    """A trainer as the command line makes it, quiet, in `folder`."""
+    from lightning.pytorch import Trainer
+
+    from lightning_robot.callbacks.checkpoints import AtomicCheckpointIO
+
+    defaults = dict(
+        default_root_dir=str(folder),
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        num_sanity_val_steps=0,
+        plugins=[AtomicCheckpointIO()],
+    )
+    settings = defaults | settings
+    if any(type(callback).__name__ == "Checkpoints" for callback in callbacks):
+        settings["enable_checkpointing"] = True
+    return Trainer(callbacks=list(callbacks), **settings)  # type: ignore[arg-type]
