@@ -105,7 +105,7 @@ class EpisodeDataModule(LightningDataModule):
         return self.store_path
 
     def make_store(self, path: Path) -> None:
-        """Makes the store at `path` if it does not exist. One process at a time calls this; a source that can, overrides it."""
+        """Makes the store at `path`. One process at a time calls this, when there is none; sources that can, override it."""
 
     # Lightning's hooks.
 
@@ -114,7 +114,8 @@ class EpisodeDataModule(LightningDataModule):
         path = self.find_store()
         if not path.exists():
             with file_lock(path.with_name(path.name + ".lock")):
-                self.make_store(path)
+                if not path.exists():  # another process may have made it meanwhile
+                    self.make_store(path)
         if self._module() is not None or self.window is not None:
             store = EpisodeStore.open(path)
             for key, channels in self._wanted(store).items():
