@@ -94,7 +94,7 @@ def cloud_from_depth(
     """The cloud of one instant: every camera back-projected, then `build_cloud`. Conversion and simulation both call this.
 
     Args:
-        depths: per camera (H, W) metres along the optical axis.
+        depths: per camera (H, W) metres along the optical axis; pixels of 0 or less, and not finite ones, give no point.
         cameras: per camera its intrinsics.
         poses: per camera (4, 4) camera-to-world.
         rgbs: per camera (H, W, 3) uint8, needed if the recipe has colours.
@@ -109,7 +109,8 @@ def cloud_from_depth(
     """
     points, colors = {}, {}
     for name in recipe.cameras:
-        points[name] = back_project(depths[name], cameras[name], poses[name], recipe.pixel_offset)
+        depth = np.where(depths[name] > 0, depths[name], np.float32(np.nan))  # 0 is how some cameras say "nothing seen"
+        points[name] = back_project(depth, cameras[name], poses[name], recipe.pixel_offset)
         if recipe.colors and rgbs is not None:
             colors[name] = rgbs[name].reshape(-1, 3)
     return build_cloud(points, colors or None, recipe)

@@ -128,6 +128,9 @@ def test_cloud_of_a_real_frame(shared):
     assert module.inside(cloud, recipe.crop).all()
     assert (np.abs(cloud[:, 2] - 0.44) < 2e-3).mean() > 0.1  # the table top
     np.testing.assert_array_equal(cloud, cloud_from_depth(depths, cameras, poses, rgbs, recipe))
+    depths["gripper"] = np.zeros_like(depths["gripper"])  # not points at the camera's own place, which lies in the workspace
+    blind = cloud_from_depth(depths, cameras, poses, rgbs, recipe)
+    assert not (np.linalg.norm(blind[:, :3] - poses["gripper"][:3, 3], axis=1) < 1e-3).any()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -350,7 +350,7 @@ def check_statistics(split: Split, report: Report) -> None:
             report.add(where, f"{name}: statistics of size {have}, data of size {want}; not used")
 
 
-def scene_letters(split: Split, frames: NDArray[np.int64]) -> list[str]:
+def scene_letters(split: Split, frames: NDArray[np.int64], report: Report) -> list[str]:
     """The scene (A, B, C or D) of every frame, '' where the recordings do not say.
 
     From ``scene_info.npy``, else from the configuration that the frames were rendered with; CALVIN's own validation folders,
@@ -359,8 +359,13 @@ def scene_letters(split: Split, frames: NDArray[np.int64]) -> list[str]:
     letters = np.full(len(frames), "")
     path = split.folder / "scene_info.npy"
     if path.exists():
-        for name, (first, last) in load_object_array(path).items():
-            letters[(frames >= first) & (frames <= last)] = str(name)[-1].upper()
+        try:
+            for name, (first, last) in load_object_array(path).items():
+                letters[(frames >= first) & (frames <= last)] = str(name)[-1].upper()
+        except ForbiddenPickle:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            report.add(f"{split.name}/{path.name}", f"not usable ({type(error).__name__}: {error}); scenes not taken from it")
     letters[letters == ""] = _configured_scene(split) or ("D" if split.name == "validation" else "")
     return [letter if letter in "ABCD" else "" for letter in letters.tolist()]
 

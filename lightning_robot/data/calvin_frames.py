@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,7 @@ def check_frame(frame: dict[str, NDArray[Any]], settings: CalvinSettings) -> Non
     depths = {name: _scaled(frame[f"depth_{name}"], settings) for name in CAMERAS}
     thinned = back_project(depths["static"][::8, ::8], CALVIN_STATIC, CALVIN_STATIC_POSE, settings.pixel_offset, stride=8)
     if not inside(thinned, settings.crop).any():  # rarely: then all points are looked at
-        convert_frame(frame, replace(settings, colors=False, actions="relative" if "rel_actions" in frame else "absolute"))
+        convert_frame(frame, settings)
 
 
 def _with_gripper(vector: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -161,7 +161,7 @@ def convert_calvin(
     with claimed(partial_folder(target)) as partial:
         _check_samples(found, stretches, settings, report)
         damaged = _check_frames(partial, root, found, stretches, settings, processes, report)
-        plan = _plan(found, cut(stretches, damaged), settings, scene)
+        plan = _plan(found, cut(stretches, damaged), settings, scene, report)
         if not plan.stretches:
             raise CalvinError(f"{root}: no usable frame is left.\n" + "\n".join(report.lines()))
         attributes = {
@@ -173,6 +173,7 @@ def convert_calvin(
                 "source_frames": [[SPLITS[part.split], part.first, part.last] for part in plan.stretches],
             },
         }
+        described = table.rows(plan, report) if table else {}
         writer = StoreWriter(target, settings.arrays, plan.ends[-1], attributes, shard_frames=shard_frames)
         say(
             f"Converting {plan.ends[-1]} frames in {len(plan.stretches)} episodes of {root} with {processes} process(es), "
@@ -183,19 +184,19 @@ def convert_calvin(
         finished = writer.finish(
             np.array(plan.ends, dtype=np.int64),
             np.array([part.split for part in plan.stretches], dtype=np.int8),
-            **(table.rows(plan, report) if table else {}),
+            **described,
         )
     for line in report.lines():
         say(line)
     return Conversion(finished, report.damage, verified)
 
 
-def _plan(found: Sequence[Split], stretches: Sequence[Stretch], settings: CalvinSettings, scene: str) -> _Plan:
+def _plan(found: Sequence[Split], stretches: Sequence[Stretch], settings: CalvinSettings, scene: str, report: Report) -> _Plan:
     scenes = [""] * len(stretches)
     for split in found:
         own = [index for index, stretch in enumerate(stretches) if stretch.split == split.number]
         firsts = np.array([stretches[index].first for index in own], dtype=np.int64)
-        for index, letter in zip(own, scene_letters(split, firsts), strict=True):
+        for index, letter in zip(own, scene_letters(split, firsts, report), strict=True):
             scenes[index] = scene or letter
             if settings.scene_obs and not scenes[index]:
                 raise CalvinError(

@@ -229,6 +229,41 @@ def test_damaged_items_are_left_out_and_counted(root, tmp_path, capsys):
         convert(root, tmp_path / "t", strict=True)
 
 
+def rewrite(path, **changes):
+    with np.load(path) as archive:
+        frame = {**archive, **changes}
+    path.unlink()
+    np.savez(path, **frame)
+
+
+def test_impossible_values_are_damage_and_unknown_arrays_are_not(root, tmp_path):
+    training = root / "training"
+    rewrite(
+        training / "episode_0003120.npz",
+        depth_static=np.zeros((200, 200), np.float32),
+        depth_gripper=np.zeros((84, 84), np.float32),
+    )
+    rewrite(training / "episode_0003172.npz", rel_actions=np.array([0, 0, 1.5, 0, 0, 0, 1.0]))
+    rewrite(training / "episode_0003154.npz", rgb_static=np.zeros((100, 100, 3), np.uint8))
+    rewrite(training / "episode_0003155.npz", rgb_tactile=np.zeros((160, 120, 6), np.uint8), extra=np.array([None]))
+    replace(training / "scene_info.npy", b"?")
+    said = convert(root, tmp_path / "s", SMALL).damage
+    assert [file for file, _ in said if "episode" in file] == [f"training/episode_000{n}.npz" for n in (3120, 3154, 3172)]
+    for number, words in enumerate(
+        ["No point of static and gripper lies inside", "shape (100, 100, 3)", "rel_actions reach 1.5"]
+    ):
+        assert words in said[number][1]
+    assert "training/scene_info.npy" in dict(said)
+
+
+def test_strict_notices_lost_annotations_before_it_converts(root, tmp_path):
+    np.save(tmp_path / "ids.npy", np.array([[3120, 3137], [3154, 3172]]))
+    os.replace(tmp_path / "ids.npy", root / "training/ep_start_end_ids.npy")
+    with pytest.raises(CalvinError, match="training: annotations: 1 of 3"):
+        convert(root, tmp_path / "s", strict=True)
+    assert not (partial_folder(tmp_path / "s") / "store").exists()
+
+
 def test_mended_files_are_looked_at_again(root, tmp_path):
     file = root / "training/episode_0003130.npz"
     whole = file.read_bytes()
