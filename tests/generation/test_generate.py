@@ -213,3 +213,30 @@ def test_settings_that_cannot_work(tmp_path):
     with pytest.raises(GenerationError, match=r"'up' cannot be demonstrated: KeyError.*the environment chooses left, right"):
         generate(tmp_path / "reach.zarr", **SETTINGS, tasks=("left", "up"))
     assert not list(tmp_path.iterdir())
+
+
+def test_play_table_demonstrations_replay_to_the_last_bit(tmp_path):
+    from lightning_robot.envs import make_environment
+    from lightning_robot.envs.calvin_tasks import PARAPHRASES, SENTENCES
+
+    tasks = ("open_drawer", "turn_on_led")
+    arguments = {"cloud": {"points": 64}, "camera_sizes": {"static": 32, "gripper": 32}}
+    path = generate(tmp_path / "table.zarr", tasks=tasks, episodes_per_task=2, processes=2, env_kwargs=arguments)
+    store = EpisodeStore.open(path)
+    env = make_environment("lightning_robot/PlayTable-v0", **arguments)
+    assert store.features == env.unwrapped.features
+    assert store.provenance["simulator"] == env.unwrapped.fingerprint
+    language = store.language
+    assert {(task, text) for task, text in zip(language["tasks"], language["texts"])} == {
+        (task, text) for task in tasks for text in (*PARAPHRASES[task], SENTENCES[task])
+    }
+    for seed, (start, end, text) in zip(store.provenance["seeds"], store.segments):
+        observation, _ = env.reset(seed=seed, options={"task": language["tasks"][text]})
+        solved = []
+        for row in range(start, end):
+            for key in ("observation.state", "observation.point_cloud"):
+                np.testing.assert_array_equal(observation[key], store.read(key, slice(row, row + 1))[0])
+            observation, _, _, _, info = env.step(store.read("action", slice(row, row + 1))[0])
+            solved.append(info["success"])
+        assert solved[-4], "three steps are held after success"
+        assert not any(solved[:-4])
