@@ -232,6 +232,7 @@ def _join_channels(x: Tensor, y: Tensor) -> Tensor:
 def sinusoids(count: int, size: int) -> Tensor:
     """(count, size) float32: sines, then cosines, of 0 ... count - 1 at wavelengths from 2 pi to 20000 pi."""
     half = size // 2
-    frequencies = torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
-    angles = torch.arange(count).unsqueeze(1) * frequencies
+    options = {"dtype": torch.float32, "device": "cpu"}  # whatever the module around is built with
+    frequencies = torch.exp(torch.arange(half, **options) * -(math.log(10000) / (half - 1)))
+    angles = torch.arange(count, **options).unsqueeze(1) * frequencies
     return torch.cat((angles.sin(), angles.cos()), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -262,7 +263,13 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
     if not path.is_file():
         beside = sorted(item.name for item in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, or is damaged: it was not loaded. Checkpoints of the original "
+            "DP3 load with lightning_robot.policies.original_dp3.load_original_dp3(path)."
+        ) from error
     if "class_path" not in checkpoint or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of format {CHECKPOINT_FORMAT} of this project (it holds "

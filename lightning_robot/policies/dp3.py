@@ -167,15 +167,16 @@ class DP3(ImitationPolicy):
 
         from diffusers import DDIMScheduler
 
-        schedule = DDIMScheduler(
-            num_train_timesteps=options["diffusion_steps"],
-            beta_schedule="squaredcos_cap_v2",
-            clip_sample=True,
-            set_alpha_to_one=True,
-            steps_offset=0,
-            prediction_type="sample",
-        )
-        schedule.set_timesteps(options["denoising_steps"])
+        with torch.device("cpu"):  # whatever the module around is built with
+            schedule = DDIMScheduler(
+                num_train_timesteps=options["diffusion_steps"],
+                beta_schedule="squaredcos_cap_v2",
+                clip_sample=True,
+                set_alpha_to_one=True,
+                steps_offset=0,
+                prediction_type="sample",
+            )
+            schedule.set_timesteps(options["denoising_steps"])
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod, persistent=False)
         self.register_buffer("denoising_timesteps", schedule.timesteps, persistent=False)
         self.denoising_plan = denoising_plan(schedule.alphas_cumprod, schedule.timesteps)
