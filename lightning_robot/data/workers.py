@@ -82,8 +82,8 @@ def run_tasks(function: Callable[[Any, Any], Any], shared: Any, tasks: Sequence[
                 yield future.result()
     except BrokenProcessPool as error:
         raise WorkError(
-            "A worker process died: usually for lack of memory (run the same again with fewer processes, it continues), or because "
-            'the calling script does its work outside of `if __name__ == "__main__":`.'
+            "A worker process died: usually for lack of memory (run the same again with fewer processes, it continues), or "
+            'because the calling script works outside of `if __name__ == "__main__":`.'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
