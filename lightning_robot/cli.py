@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import signal
 import sys
 import warnings
 from difflib import get_close_matches
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_robot.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
@@ -29,6 +33,7 @@ from lightning_robot.callbacks.signals import StopSignals
 from lightning_robot.callbacks.step_seeds import StepSeeds
 from lightning_robot.callbacks.throughput import Throughput
 from lightning_robot.console import say
+from lightning_robot.data.store import StoreError
 from lightning_robot.features import IncompatibleFeatures
 
 # Parts of every run: groups of the parser, so that no overlay's list of callbacks can replace them. Averaging comes before
@@ -52,6 +57,14 @@ RESUME_MAY_SET = (
     "--trainer.enable_progress_bar",
     "--data.num_workers",
 )
+
+
+class Stopped(Exception):
+    """A signal ended the run in order."""
+
+    def __init__(self, number: int, run: Path | None) -> None:
+        super().__init__(f"Stopped by signal {number}. Continue with: python -m lightning_robot fit --resume {run}")
+        self.number = number
 
 
 class CommandLineError(Exception):
@@ -96,8 +109,9 @@ class Parser(LightningArgumentParser):
 
 
 def _nearest(key: str, keys: list[str], prefix: str = "") -> str:
-    """`` ; did you mean …`` for the nearest key: the whole path first, then its last part."""
-    near = get_close_matches(key, keys, n=1, cutoff=0.6)
+    """``; did you mean …?`` with the nearest key: one that it abbreviates, else by the whole path, else by the last part."""
+    near = sorted((other for other in keys if other.startswith(key)), key=len)[:1]
+    near = near or get_close_matches(key, keys, n=1, cutoff=0.6)
     if not near:
         last = key.split(".")[-1]
         ends = {other.split(".")[-1]: other for other in keys}
@@ -150,20 +164,19 @@ class CommandLine(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--init_from",
-                type=str | None,
-                default=None,
-                help="Checkpoint whose weights (averaged ones where there are any) a new run starts from.",
-            )
-            parser.add_argument(
-                "--resume",
-                type=str | None,
-                default=None,
-                help="Run directory to take up again with its own settings, or 'latest'.",
-            )
+        options = {
+            "--init_from": "Checkpoint whose weights (averaged ones where there are any) a new run starts from.",
+            "--resume": "Run directory to take up again with its own settings, or 'latest'.",
+        }
+        for flag, text in options.items():  # the others accept a run's config.yaml, where these stand
+            parser.add_argument(flag, type=str | None, default=None, help=text if subcommand == "fit" else argparse.SUPPRESS)
         return parser
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException as error:
+            raise Stopped(self.signals.received or signal.SIGTERM, self.run_path) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -178,6 +191,9 @@ class CommandLine(LightningCLI):
                 "trainer.use_distributed_sampler must stay false: the data modules give each process its own episodes; "
                 "Lightning's sampler would shuffle and repeat them."
             )
+        for logger in _as_list(config.trainer.logger):
+            if getattr(logger, "class_path", "").endswith(".WandbLogger") and find_spec("wandb") is None:
+                raise CommandLineError('Weights & Biases is not installed: pip install "lightning_robot[wandb]".')
         make_absolute(config)
         if self.subcommand != "fit":
             config["ckpt_path"] = resolve_checkpoint(config.ckpt_path, config.run.root)
@@ -189,14 +205,14 @@ class CommandLine(LightningCLI):
             checkpoint = read_checkpoint(config.init_from)
             if checkpoint.get("class_path") != config.model.class_path:
                 raise CommandLineError(
-                    f"--init_from {config.init_from} is a checkpoint of {checkpoint.get('class_path', 'an unknown class')}; the "
-                    f"configuration names {config.model.class_path}."
+                    f"--init_from {config.init_from} is a checkpoint of {checkpoint.get('class_path', 'an unknown class')}; "
+                    f"the configuration names {config.model.class_path}."
                 )
         self.run_path = name_run(config.run.root, config.run.experiment, int(config.seed_everything))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         settings = self.config[self.subcommand]
-        parts = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
+        run = next(callback for callback in callbacks if isinstance(callback, RunDirectory))
         # A part that a configuration also lists among the callbacks would run twice.
         listed = [type(callback) for callback in _as_list(config.get("callbacks"))]
         for name, part in PARTS.items():
@@ -208,16 +224,18 @@ class CommandLine(LightningCLI):
             callbacks += [self.signals, InitialWeights(settings.init_from)]
             # Initial weights before averaging: the average starts from them.
             callbacks.sort(key=lambda callback: not isinstance(callback, StepSeeds | RunDirectory | InitialWeights))
-            config["logger"] = self._loggers(config.get("logger"), parts["run"])
+            config["logger"] = self._loggers(config.get("logger"), run)
             config["default_root_dir"] = str(self.run_path)
             text = self._parser("fit").dump(settings, skip_none=False)
             text = re.sub(r"(?m)^resume: .*$", "resume: null", text)
-            parts["run"].begin(self.run_path, text, int(settings.seed_everything), self.resumed is not None, settings.init_from)
+            run.begin(self.run_path, text, int(settings.seed_everything), self.resumed is not None, settings.init_from)
         else:
             config["logger"] = _as_list(config.get("logger")) or False
             config["default_root_dir"] = str(evaluation_folder(settings.ckpt_path, settings.run.root, str(self.subcommand)))
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(refresh_rate=20) if sys.stderr.isatty() else PlainProgress())
+        if config.get("enable_model_summary") is None:
+            config["enable_model_summary"] = sys.stderr.isatty()  # a log has the guards' one line
         config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
 
@@ -234,7 +252,7 @@ class CommandLine(LightningCLI):
             )
         for logger in _as_list(asked):
             if isinstance(logger, Logger):
-                if hasattr(logger, "_wandb_init"):  # Weights & Biases: inside the run directory, one entry per run
+                if isinstance(logger, WandbLogger):  # Weights & Biases: inside the run directory, one entry per run
                     logger._save_dir = str(self.run_path)
                     logger._wandb_init.update(dir=str(self.run_path), id=self.run_path.name, resume="allow")
                     logger._id = self.run_path.name
@@ -248,7 +266,10 @@ class CommandLine(LightningCLI):
         if arguments.get("ckpt_path"):
             path = arguments["ckpt_path"]
             checkpoint = read_checkpoint(path)
-            require_class(checkpoint, self.model, path)
+            try:
+                require_class(checkpoint, self.model, path)
+            except ValueError as error:
+                raise CommandLineError(str(error)) from error
             adopt_features(self.model, checkpoint)
         return arguments
 
@@ -262,7 +283,9 @@ def adopt_features(model: LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def resolve_checkpoint(name: str | None, root: str) -> str | None:
-    """Finds the checkpoint that `--ckpt_path` means: a file, a run directory (its best), ``best`` or ``last`` of the newest run.
+    """Finds the checkpoint that `--ckpt_path` means.
+
+    A file, a run directory (its best), or ``best`` or ``last`` of the newest run.
 
     Raises:
         FileNotFoundError: names where was looked.
@@ -350,6 +373,20 @@ def resumed_arguments(argv: list[str]) -> tuple[list[str], Path | None]:
     return ["fit", "--config", str(run / "config.yaml"), *kept], run
 
 
+def with_the_runs_settings(argv: list[str]) -> list[str]:
+    """Puts the run's own configuration first where a checkpoint is named and no configuration is."""
+    flags = [item.partition("=")[0] for item in argv]
+    if "--config" in flags or "-c" in flags or "--ckpt_path" not in flags:
+        return argv
+    place = flags.index("--ckpt_path")
+    name = argv[place].partition("=")[2] or "".join(argv[place + 1 : place + 2])
+    if not name:
+        return argv  # the parser says what is missing
+    root = next((value for flag, value in pairwise(argv) if flag == "--run.root"), "runs")
+    config = Path(resolve_checkpoint(name, root) or "").parent.parent / "config.yaml"
+    return [argv[0], "--config", str(config), *argv[1:]] if config.is_file() else argv
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None or isinstance(value, bool):
         return []
@@ -368,25 +405,19 @@ def main(argv: list[str]) -> int:
     silence_tips()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`.*")  # as meant: noise is the policy's
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
-    line: CommandLine | None = None
     try:
-        if argv[0] == "fit":
-            argv, resumed = resumed_arguments(argv)
-        else:
-            resumed = None
-        line = CommandLine.__new__(CommandLine)
-        line.__init__(argv, resumed)  # type: ignore[misc]  (runs the command: the object must be known when it is interrupted)
-    except SIGTERMException:
-        assert line is not None
-        number = line.signals.received or 15
-        say(f"Stopped by signal {number}. Continue with: python -m lightning_robot fit --resume {line.run_path}")
-        return 128 + number
+        argv, resumed = resumed_arguments(argv) if argv[0] == "fit" else (with_the_runs_settings(argv), None)
+        CommandLine(argv, resumed)
+    except Stopped as stopped:
+        say(str(stopped))
+        return 128 + stopped.number
     except (CommandLineError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (IncompatibleFeatures, NonFiniteError, DiskFullError) as error:
+    except (IncompatibleFeatures, StoreError, NonFiniteError, DiskFullError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

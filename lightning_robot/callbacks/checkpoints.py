@@ -152,7 +152,7 @@ class Checkpoints(Checkpoint):
             )
         score = float(metrics[self.monitor])
         tie = float(metrics[self.tie_break]) if self.tie_break in metrics else math.inf
-        entry = {
+        entry: dict[str, Any] = {
             "file": "best.ckpt",
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -173,9 +173,8 @@ class Checkpoints(Checkpoint):
             self._keep_top(trainer, entry)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.fit_loop.epoch_progress.current.processed == (
-            trainer.max_epochs or -1
-        ):
+        epochs = trainer.current_epoch + 1
+        if epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,16 +184,17 @@ class Checkpoints(Checkpoint):
             raise RuntimeError(f"The last checkpoint could not be written: {self._failure}") from self._failure
         if self.best is not None:
             best = self.best
-            say(f"Best {best['monitor']} {best['score']:.4g} in epoch {best['epoch'] + 1}: {self.best_model_path}")
+            say(f"Best {best['monitor']} {best['score']:.4g} in epoch {best['epoch']}: {self.best_model_path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.optimizers or trainer.fast_dev_run:
             return
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         accumulating = (
             progress.completed % trainer.accumulate_grad_batches and progress.completed < trainer.num_training_batches
         )
-        sound = not self._updating and not accumulating and not isinstance(exception, NoCheckpointNow)
+        between = progress.processed == progress.completed  # else the step's last hooks failed
+        sound = between and not self._updating and not accumulating and not isinstance(exception, NoCheckpointNow)
         if trainer.global_step == 0:
             return
         if isinstance(exception, SIGTERMException | KeyboardInterrupt) or trainer.world_size == 1:

@@ -28,9 +28,9 @@ class InitialWeights(Callback):
             return
         checkpoint = read_checkpoint(self.path)
         require_class(checkpoint, pl_module, self.path)
-        features = checkpoint.get("hyper_parameters", {}).get("features")
-        if features and hasattr(pl_module, "features"):
-            for note in check_compatible(Features.from_dict(features), pl_module.features):
+        trained, offered = checkpoint.get("hyper_parameters", {}).get("features"), getattr(pl_module, "features", None)
+        if trained and isinstance(offered, Features):
+            for note in check_compatible(Features.from_dict(trained), offered):
                 say(note)
         state = dict(checkpoint["state_dict"])
         state.update(checkpoint.get("ema_state_dict") or {})

@@ -41,7 +41,7 @@ class PlainProgress(ProgressBar):
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         rate = (step - self._last_step) / (now - self._last)
         self._last, self._last_step = now, step
-        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs or '?'}", f"step {step}/{total}"]
+        parts = [f"epoch {trainer.current_epoch}", f"step {step}/{total}"]
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
             parts.append(f"loss {float(loss):.4g}")
@@ -59,7 +59,7 @@ class PlainProgress(ProgressBar):
         }
         if values:
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            say(f"epoch {trainer.current_epoch + 1}: {shown}")
+            say(f"epoch {trainer.current_epoch}: {shown}")
 
 
 def silence_tips() -> None:

@@ -150,7 +150,7 @@ def find_run(name: str, root: str | Path = "runs") -> Path:
 def next_logged_step(trainer: Trainer) -> int:
     """The step under which the first row after this moment will be logged."""
     loop = trainer.fit_loop.epoch_loop
-    progress = loop.batch_progress.current
+    progress: Any = loop.batch_progress.current
     # Lightning counts the step after the batch's last hook and after the validation that follows it.
     counted_later = progress.processed == progress.completed + 1 or trainer.validating
     return loop._batches_that_stepped + int(counted_later and not loop._should_accumulate())

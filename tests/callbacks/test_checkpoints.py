@@ -174,8 +174,8 @@ def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
 
 def test_another_policys_checkpoint_is_refused(tmp_path):
     folder = _fit(tmp_path, Checkpoints())
+    trainer = tiny_trainer(tmp_path / "other", EMA(), max_epochs=3)
     with pytest.raises(ValueError, match=r"TinyPolicy.*OtherPolicy"):
-        trainer = tiny_trainer(tmp_path / "other", EMA(), max_epochs=3)
         trainer.fit(OtherPolicy(), datamodule=TinyData(), ckpt_path=folder / "last.ckpt")
     with pytest.raises(ValueError, match=r"TinyPolicy; the model here is .*OtherPolicy"):
         _fit(tmp_path / "initial", Checkpoints(), InitialWeights(str(folder / "best.ckpt")), policy=OtherPolicy())

@@ -109,7 +109,7 @@ def test_averaged_is_reentrant_and_survives_exceptions(tmp_path):
     ema, policy = EMA(), TinyPolicy()
     tiny_trainer(tmp_path, ema).fit(policy, datamodule=TinyData())
     raw, address = policy.network[0].weight.detach().clone(), policy.network[0].weight.data_ptr()
-    with pytest.raises(ZeroDivisionError), ema.averaged(policy), ema.averaged(policy):
+    with pytest.raises(ZeroDivisionError), ema.averaged(policy), ema.averaged(policy):  # noqa: PT012
         assert not torch.equal(policy.network[0].weight, raw)
         assert policy.network[0].weight.data_ptr() != address  # exchanged, not copied
         raise ZeroDivisionError

@@ -66,9 +66,9 @@ def test_throughput_tells_waiting_from_work(tmp_path):
 def test_progress_is_plain_lines(tmp_path, capsys):
     tiny_trainer(tmp_path, PlainProgress(interval=0.0), enable_progress_bar=True).fit(TinyPolicy(), datamodule=TinyData())
     out = capsys.readouterr().out
-    assert "epoch 1/2, step 1/12, loss" in out
+    assert "epoch 0, step 1/12, loss" in out
     assert "left" in out
-    assert "epoch 2: val/loss" in out
+    assert "epoch 1: val/loss" in out
     assert "\r" not in out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class TinyPolicy(ImitationPolicy):
         language: see `ImitationPolicy`.
     """
 
-    normalization = {"observation.state": "limits", "action": "limits"}
+    normalization: ClassVar[dict[str, str]] = {"observation.state": "limits", "action": "limits"}
 
     def __init__(
         self,
@@ -210,19 +210,19 @@ def tiny_trainer(folder, *callbacks, **settings):
 
     from lightning_robot.callbacks.checkpoints import AtomicCheckpointIO
 
-    defaults = dict(
-        default_root_dir=str(folder),
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        num_sanity_val_steps=0,
-        plugins=[AtomicCheckpointIO()],
-    )
+    defaults = {
+        "default_root_dir": str(folder),
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "num_sanity_val_steps": 0,
+        "plugins": [AtomicCheckpointIO()],
+    }
     settings = defaults | settings
     if any(type(callback).__name__ == "Checkpoints" for callback in callbacks):
         settings["enable_checkpointing"] = True

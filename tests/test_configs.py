@@ -1,0 +1,116 @@
+"""Every shipped configuration is parsed, instantiated and run; overlays compose with every base in any order."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_robot import cli
+from lightning_robot.__main__ import main
+from lightning_robot.callbacks.metrics_file import read_metrics
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASES = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+RUNNABLE = ("profile", "bf16", "slurm")  # on one CPU; ddp starts processes, wandb is an extra
+
+# What makes a few steps of any base quick. The sizes are the base's own to set, the code path is the same.
+SMALL = {
+    "data": {"init_args": {"batch_size": 8, "num_workers": 0}},
+    "trainer": {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "check_val_every_n_epoch": 1},
+    "evaluation": {"max_steps": 4, "num_envs": 2, "inference_batch": 2},
+}
+SMALL_MODEL = {"down_dims": [16, 32, 64]}
+
+
+class _Stopped(Exception):
+    pass
+
+
+class _Instantiated(cli.CommandLine):
+    """Everything but the run itself."""
+
+    def _run_subcommand(self, subcommand):
+        _Instantiated.last = self
+        raise _Stopped
+
+
+def _instantiate(tmp_path, *files: Path) -> cli.CommandLine:
+    options = [option for file in files for option in ("--config", str(file))]
+    with pytest.raises(_Stopped):
+        _Instantiated(["fit", *options, "--trainer.accelerator=cpu", "--run.root", str(tmp_path / "runs")])
+    return _Instantiated.last
+
+
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda file: file.stem if file else "alone")
+@pytest.mark.parametrize("base", BASES, ids=lambda file: file.stem)
+def test_overlays_compose_with_every_base_in_any_order(base, overlay, tmp_path, monkeypatch):
+    if overlay is not None and overlay.stem == "wandb" and find_spec("wandb") is None:
+        monkeypatch.setattr(cli.CommandLine, "instantiate_classes", _only_parse)
+    alone = _instantiate(tmp_path, base)
+    if overlay is None:
+        return
+    texts = []
+    for files in ((base, overlay), (overlay, base)):
+        line = _instantiate(tmp_path, *files)
+        texts.append(line.config["fit"].as_dict())
+        texts[-1].pop("config", None)
+        if hasattr(line, "trainer") and hasattr(alone, "trainer"):
+            names = [type(callback).__name__ for callback in line.trainer.callbacks]
+            assert names == [type(callback).__name__ for callback in alone.trainer.callbacks]
+    if overlay.stem not in ("profile",):  # both may set evaluation.episodes; the later file wins
+        assert texts[0] == texts[1]
+    content = yaml.safe_load(overlay.read_text())
+    assert set(content) <= {"trainer", "evaluation", "checkpoints", "compile"}  # an overlay says how, not what
+
+
+def _only_parse(self):
+    self.datamodule = self.model = None
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory) -> Path:
+    """Three short demonstrations of each of two tasks, in a store."""
+    from lightning_robot.generation.generate import generate
+
+    path = tmp_path_factory.mktemp("data") / "demonstrations.zarr"
+    kwargs = {"cloud": {"points": 64}}
+    return generate(path, env_kwargs=kwargs, tasks=("open_drawer", "close_drawer"), episodes_per_task=2, processes=1)
+
+
+def _run(tmp_path, demonstrations, base, *overlays) -> Path:
+    small = tmp_path / "small.yaml"
+    model = {"init_args": SMALL_MODEL} if "down_dims" in base.read_text() else {}
+    tasks = yaml.safe_load(base.read_text()).get("evaluation", {}).get("tasks")
+    episodes = {"evaluation": SMALL["evaluation"] | {"tasks": tasks[:2] if tasks else ["open_drawer"], "episodes": 2}}
+    if any(overlay.stem == "profile" for overlay in overlays):
+        episodes = {}
+    small.write_text(yaml.safe_dump(SMALL | {"model": model} | episodes))
+    options = ["--data.root", str(demonstrations), "--data.generate=null", "--data.validation_ratio=0.25"]
+    configs = [option for file in (base, small, *overlays) for option in ("--config", str(file))]
+    if any(overlay.stem == "profile" for overlay in overlays):
+        options += ["--trainer.limit_train_batches=30", "--data.batch_size=2", "--trainer.max_epochs=9"]
+    assert main(["fit", *configs, *options, "--trainer.accelerator=cpu", "--run.root", str(tmp_path / "runs")]) == 0
+    return tmp_path / "runs" / "latest"
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda file: file.stem)
+def test_every_base_trains_validates_simulates_and_saves(base, demonstrations, tmp_path):
+    run = _run(tmp_path, demonstrations, base)
+    metrics = read_metrics(run / "metrics.csv")
+    assert {"val/loss", "val/success"} <= set(metrics)
+    assert {path.name for path in (run / "checkpoints").glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_overlays_run_where_the_machine_permits(name, demonstrations, tmp_path):
+    run = _run(tmp_path, demonstrations, CONFIGS / "dp3_calvin_debug.yaml", CONFIGS / "overlays" / f"{name}.yaml")
+    if name == "profile":
+        assert list(run.glob("*.pt.trace.json"))
+    assert (run / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_list_is_complete():
+    assert {file.stem for file in OVERLAYS} == {"ddp", "slurm", "bf16", "wandb", "profile"}
+    assert {"dp3_calvin", "dp3_calvin_debug"} <= {file.stem for file in BASES}
