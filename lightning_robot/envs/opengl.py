@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
+import weakref
 from typing import Any
 
 import mujoco
@@ -47,8 +49,14 @@ def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Rend
         flags: Any = renderer.scene.flags
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             flags[flag] = 0
+        atexit.register(_close, weakref.ref(renderer))  # later its library is half gone, and it complains
         return renderer
     raise NoOpenGL(_HELP.format(reason="; ".join(reasons)))
+
+
+def _close(renderer: weakref.ref[mujoco.Renderer]) -> None:
+    if (alive := renderer()) is not None:
+        alive.close()
 
 
 def _use(kind: str) -> None:

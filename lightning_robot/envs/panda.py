@@ -65,8 +65,8 @@ def panda_body(geoms: bool = True) -> str:
         else:
             parts.append(f'<inertial pos="0 0 0" mass="{mass}" diaginertia="0.02 0.02 0.02"/>')
     parts.append(f'<body name="hand" pos="0 0 0.107" euler="0 0 {-math.pi / 4:.12g}" gravcomp="1">')
-    parts.append(shape('<geom name="hand" class="robot" type="box" pos="0 0 0.035" size="0.0316 0.102 0.031" mass="0.81"/>'))
-    parts.append('<site name="tcp" pos="0 0 0.14"/>')
+    parts.append(shape('<geom name="hand" class="robot" type="box" pos="0 0 0.0185" size="0.024 0.1 0.0385" mass="0.81"/>'))
+    parts.append('<site name="tcp" pos="0 0 0.14" rgba="0 0 0 0"/>')
     # The camera's link looks along its own +y with -z up; MuJoCo's cameras look along -z with y up.
     parts.append('<body name="gripper_camera" pos="-0.1 0 0" euler="1.3 0 -1.57">')
     parts.append('<camera name="gripper" xyaxes="-1 0 0 0 0 -1" fovy="75"/></body>')
@@ -94,7 +94,7 @@ def panda_actuators() -> str:
 PANDA_DEFAULTS = """
   <default class="arm"><joint armature="0.3"/><position kp="1600" kv="76" forcerange="-120 120"/></default>
   <default class="finger"><joint type="slide" armature="0.3"/><position kp="1000" kv="40" forcerange="-60 60"/>
-    <geom group="1" contype="2" conaffinity="1" friction="0.7" rgba="0.25 0.25 0.27 1"/></default>
+    <geom group="1" contype="2" conaffinity="1" friction="0.7" rgba="0.55 0.55 0.57 1"/></default>
   <default class="robot"><geom group="1" contype="2" conaffinity="1" friction="0.5" rgba="0.88 0.88 0.9 1"/></default>
 """
 
@@ -192,7 +192,7 @@ class PandaKinematics:
                 free = np.where(blocked, 0.0, jacobian)
                 step = np.linalg.solve(free @ free.T + eye, error)
                 step = np.clip(free.T @ step, -0.2, 0.2)
-                moved = np.where(blocked, moved, np.clip(joints + step, self._lower, self._upper))
+                moved[~blocked] = np.clip(joints + step, self._lower, self._upper)[~blocked]
             joints = moved
             if largest < 1e-5:
                 break

@@ -283,6 +283,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             robot = _vector("robot_obs", robot, 15)
             self._place_robot(robot[7:14], float(robot[6]), 1.0 if robot[14] > 0 else -1.0)
         mujoco.mj_step(self._model, self._data)
+        mujoco.mj_forward(self._model, self._data)  # contacts of a block that was placed exactly on a surface
         self._arm.forward(self._data.qpos[self._arm_qpos])
         self._target_position[:], self._target_euler[:] = self._arm.position, self._arm.euler()
         self._joint_target[:] = self._data.ctrl[self._arm_control]

@@ -94,7 +94,7 @@ def play_table_xml(scene: Scene) -> str:
         *(_box((x, x + 0.04, y, y + 0.032, 0, 0.40)) for x in (-0.44, 0.40) for y in (-0.18, 0.148)),
         *_side(-0.44, left),
         *_side(right, 0.44),
-        _box((left, right, 0.02, 0.16, 0.42, TOP), name="plank"),
+        _box((left, right, 0.02, 0.16, 0.42, TOP + 0.001), name="plank"),  # blocks lie a millimetre higher, as in CALVIN
         _box((scene.button - 0.08, scene.button + 0.08, 0.14, 0.18, 0.64785, 0.66385), name="led"),
         f'<geom name="lightbulb" class="fixed" type="ellipsoid" size="0.028 0.028 0.0248" pos="{scene.switch} 0.16 0.67265"/>',
         # The ring stops blocks only: a finger that presses the button far down dips into it.
@@ -104,7 +104,8 @@ def play_table_xml(scene: Scene) -> str:
     return f"""
 <mujoco model="play_table">
   <compiler angle="radian" eulerseq="XYZ" autolimits="true" boundmass="0.01" boundinertia="1e-5"/>
-  <option timestep="0.008333333333333333" integrator="implicitfast" gravity="0 0 -9.8" iterations="10" ls_iterations="20"/>
+  <option timestep="0.008333333333333333" integrator="implicitfast" cone="elliptic" impratio="10"
+    gravity="0 0 -9.8" iterations="20" ls_iterations="30"/>
   <size memory="4M"/>
   <statistic extent="1" center="0 0 0.5"/>
   <visual>
@@ -188,7 +189,7 @@ def _slider(scene: Scene) -> str:
 def _drawer(scene: Scene) -> str:
     handle = 'rgba="0.24 0.24 0.24 1"'
     boxes = (
-        ((-0.20, 0.20, -0.16, 0.06, 0.32, 0.34), 'mass="1.2"'),  # floor
+        ((-0.20, 0.20, -0.16, 0.06, 0.32, 0.3423), 'mass="1.2"'),  # floor; blocks lie at z = 0.3623 in CALVIN
         ((-0.20, -0.18, -0.16, 0.06, 0.34, 0.40), 'mass="0.4"'),
         ((0.18, 0.20, -0.16, 0.06, 0.34, 0.40), 'mass="0.4"'),
         ((-0.18, 0.18, 0.04, 0.06, 0.34, 0.40), 'mass="0.6"'),

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 START_POSITION = (0.02586889, -0.2313129, 0.5712808)
 # CALVIN's is (3.0905, -0.029, 1.5001). A roll that stays this far below pi does not flip its sign along the way.
 START_EULER = (3.04, 0.0, 1.53)
-RESTING = 0.46  # height of a block's centre on the table
+RESTING, RESTING_PLANK, RESTING_DRAWER = 0.46, 0.461, 0.3623  # heights of a block's centre
 
 
 def sample_tool_pose(random: np.random.Generator) -> tuple[Array, Array]:
@@ -79,7 +79,7 @@ def _sample_blocks(scene: Scene, task: str, slider: float, random: np.random.Gen
             if name == color and task.endswith("_drawer"):
                 x_low, y_low, x_high, y_high = scene.drawer - 0.12, -0.32, scene.drawer + 0.12, -0.24
             position = random.uniform((x_low, y_low), (x_high, y_high))
-            height = RESTING - 0.1 if position[1] < -0.18 else RESTING
+            height = RESTING_DRAWER if position[1] < -0.18 else RESTING_PLANK if surface else RESTING
             yaw = random.uniform(-math.pi, math.pi)
             if stacked and index == 1:
                 position, height, yaw = blocks[0][:2].copy(), RESTING + 0.04, blocks[0][5]
