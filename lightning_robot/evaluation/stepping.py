@@ -80,7 +80,10 @@ class Host:
     def describe(self) -> Description:
         import gymnasium
 
-        env = self.open()
+        try:
+            env = self.open()
+        except TypeError as error:  # an argument that the constructor does not have
+            raise EnvironmentFault(f"The environment cannot be made: {error}.") from error
         inner = env.unwrapped
         space = env.action_space
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:

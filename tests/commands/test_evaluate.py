@@ -1,0 +1,133 @@
+"""`evaluate CKPT`: a checkpoint alone is enough; its number is honest and repeats."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import pytest
+
+from lightning_robot.commands.evaluate import find_checkpoint, main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+from fake_saved_policy import save
+
+if "fake/Reach-v0" not in gymnasium.registry:
+    gymnasium.register("fake/Reach-v0", entry_point="fake_reach:Reach")
+
+SAVED = {"env": "fake/Reach-v0", "env_kwargs": {"max_steps": 9}, "tasks": ["far"], "execution_horizon": 2, "max_steps": None}
+FAST = ["--episodes", "4", "--videos", "0", "--processes", "0"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with a best and a last checkpoint."""
+    save(tmp_path / "run" / "checkpoints" / "last.ckpt", evaluation=SAVED)
+    save(tmp_path / "run" / "checkpoints" / "best.ckpt", averaged=True, evaluation=SAVED)
+    return tmp_path / "run"
+
+
+def table(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_run_directory_is_evaluated_as_it_was_in_training(run, capsys):
+    assert main([str(run), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "Evaluating best.ckpt (averaged weights, epoch 3) in fake/Reach-v0: 4 episodes, seeds 2000000 to 2000003." in out
+    assert "far" in out
+    assert "95 % interval" in out
+    found = table(run / "evaluations" / "best_seed2000000_episodes4")
+    assert [row["seed"] for row in found["episodes"]] == [2_000_000 + number for number in range(4)]
+    assert {row["task"] for row in found["episodes"]} == {"far"}
+    settings = found["settings"]
+    assert (settings["environment"], settings["max_steps"], settings["execution_horizon"]) == ("fake/Reach-v0", 9, 2)
+    assert settings["weights"] == "ema"
+    assert str(run) not in json.dumps(found)
+    assert (run / "evaluations" / "best_seed2000000_episodes4" / "evaluation.times.json").is_file()
+
+
+def test_second_run_is_byte_equal_and_options_override(run, tmp_path):
+    texts = []
+    for number, more in enumerate((["--num-envs", "1"], ["--num-envs", "4"], ["--execution-horizon", "4"])):
+        assert main([str(run), *FAST, "--output", str(tmp_path / str(number)), *more]) == 0
+        texts.append((tmp_path / str(number) / "evaluation.json").read_text())
+    assert texts[0] == texts[1] != texts[2]
+    other = ["--tasks", "near,far", "--env-kwargs", '{"radius": 0.0}', "--weights", "raw", "--max-steps", "5"]
+    assert main([str(run), *FAST, "--output", str(tmp_path / "other"), *other]) == 0
+    found = table(tmp_path / "other")
+    assert set(found["tasks"]) == {"near", "far"}
+    assert found["summary"]["successes"] == 0
+    assert found["settings"]["environment_arguments"] == {"max_steps": 9, "radius": 0.0}
+    assert found["settings"]["max_steps"] == 5
+    assert found["settings"]["weights"] == "raw"
+
+
+def test_videos_lie_beside_the_table(run, capsys):
+    assert main([str(run / "checkpoints" / "last.ckpt"), "--episodes", "2", "--videos", "1", "--processes", "0"]) == 0
+    folder = run / "evaluations" / "last_seed2000000_episodes2"
+    (video,) = folder.glob("*.mp4")
+    assert f"Video: {video}" in capsys.readouterr().out
+
+
+def test_seeds_that_were_used_are_refused(run, capsys):
+    assert main([str(run), "--seed", "1000000"]) == 1
+    assert "seeds that chose the checkpoint during training" in capsys.readouterr().err
+    assert main([str(run), "--seed", "5"]) == 1
+    assert "seeds that made the demonstrations" in capsys.readouterr().err
+    assert not (run / "evaluations").exists()
+
+
+def test_missing_files_are_answered_with_what_there_is(run, tmp_path, capsys):
+    assert find_checkpoint(run) == (run / "checkpoints" / "best.ckpt").resolve()
+    (run / "checkpoints" / "best.ckpt").unlink()
+    assert find_checkpoint(run).name == "last.ckpt"
+    assert main([str(run / "checkpoints" / "first.ckpt"), *FAST]) == 1
+    assert "last.ckpt" in capsys.readouterr().err
+    assert main([str(run / "nowhere" / "best.ckpt"), *FAST]) == 1
+    assert "checkpoints/last.ckpt" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty"), *FAST]) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
+    (run / "checkpoints" / "bad.ckpt").write_text("no checkpoint")
+    assert main([str(run / "checkpoints" / "bad.ckpt"), *FAST]) == 1
+    assert "bad.ckpt" in capsys.readouterr().err
+
+
+def test_environment_must_be_known_and_fit(tmp_path, capsys):
+    path = save(tmp_path / "alone.ckpt")
+    assert main([str(path), *FAST]) == 1
+    assert "Give --env" in capsys.readouterr().err
+    assert main([str(path), *FAST, "--env", "fake/Reech-v0"]) == 1
+    assert "Reech" in capsys.readouterr().err
+    assert main([str(path), *FAST, "--env", "fake/Reach-v0", "--env-kwargs", '{"shape": [9]}']) == 1
+    assert "observation.state: trained on shape" in capsys.readouterr().err
+    assert main([str(path), *FAST, "--env", "fake/Reach-v0", "--env-kwargs", '{"speed": 9}']) == 1
+    assert "cannot be made" in capsys.readouterr().err
+    assert main([str(path), *FAST, "--env", "fake/Reach-v0", "--tasks", "fly"]) == 1
+    assert "cannot begin the task 'fly'" in capsys.readouterr().err
+    assert main([str(path), *FAST, "--env", "fake/Reach-v0", "--weights", "ema"]) == 1
+    assert "no averaged weights" in capsys.readouterr().err
+    assert main([str(path), *FAST, "--env", "fake/Reach-v0"]) == 0
+
+
+def test_arguments_of_another_environment_are_not_taken_over(tmp_path, run):
+    save(tmp_path / "a.ckpt", evaluation=SAVED | {"env": "other/Env-v0", "env_kwargs": {"no": 1}})
+    assert main([str(tmp_path / "a.ckpt"), *FAST, "--env", "fake/Reach-v0", "--output", str(tmp_path / "out")]) == 0
+    assert table(tmp_path / "out")["settings"]["environment_arguments"] == {}
+
+
+@pytest.mark.parametrize("arguments", [["x", "--episode", "3"], ["x", "--env-kwargs", "{"], ["x", "--env-kwargs", "3"], []])
+def test_malformed_command_lines_are_refused(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom lightning_robot.commands.evaluate import parser\n"
+        "parser().format_help()\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
