@@ -28,6 +28,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "lightning_robot"
 
 
+def is_writable(folder: Path) -> bool:
+    """True if files may be made there; a folder that nobody may write to is left alone by the superuser too."""
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+
+
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Holds a lock file: one process at a time per storage, freed by the system when its holder dies.
@@ -82,7 +87,7 @@ def decoded_array(store: EpisodeStore, key: str, channels: int | None = None) ->
 
 def _writable_folder(store: EpisodeStore) -> Path:
     beside = store.path.with_name(store.path.name + ".decoded")
-    if "LIGHTNING_ROBOT_CACHE" not in os.environ and os.access(beside if beside.exists() else beside.parent, os.W_OK):
+    if "LIGHTNING_ROBOT_CACHE" not in os.environ and is_writable(beside if beside.exists() else beside.parent):
         return beside
     return cache_folder() / "decoded" / f"{store.path.name}-{hashlib.sha256(str(store.path).encode()).hexdigest()[:12]}"
 

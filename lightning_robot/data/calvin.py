@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from lightning_robot import __version__
 from lightning_robot.console import say
-from lightning_robot.data.cache import cache_folder, file_lock
+from lightning_robot.data.cache import cache_folder, file_lock, is_writable
 from lightning_robot.data.calvin_frames import CalvinSettings
 from lightning_robot.data.episodes import EpisodeDataModule
 from lightning_robot.data.store import EpisodeStore, StoreError
@@ -159,7 +158,7 @@ class CalvinDataModule(EpisodeDataModule):
         if self.store_path is not None:
             return self.store_path
         beside = self.root.with_name(self.root.name + ".zarr")
-        if beside.exists() or os.access(beside.parent, os.W_OK):
+        if beside.exists() or is_writable(beside.parent):
             return beside
         digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
         return cache_folder() / "calvin" / f"{self.root.name}-{digest}.zarr"

@@ -193,21 +193,24 @@ class EpisodeDataModule(LightningDataModule):
         """Validation windows; with a plain batch sampler, because Lightning replaces it to number the predictions."""
         if len(self.validation_windows) == 0:
             return []
-        return DataLoader(self.validation_windows, self.batch_size, num_workers=self.num_workers, collate_fn=_as_it_is)
+        return DataLoader(
+            self.validation_windows, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=_as_it_is
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, independent of the number of ranks: epoch, windows consumed of it, seed of the order."""
         if self._sampler is None:
             return dict(self._resume or {})
-        sampler, loop = self._sampler, self.trainer.fit_loop
-        progress_of_epochs = loop.epoch_progress.current
+        trainer: Any = self.trainer
+        sampler, loop = self._sampler, trainer.fit_loop
+        epochs = loop.epoch_progress.current
         # `processed` counts the present batch, `completed` does not yet when a checkpoint is written after it.
         batches = loop.epoch_loop.batch_progress.current.processed
         epoch, consumed = sampler.epoch, sampler.consumed(batches)
-        if progress_of_epochs.processed > epoch or batches >= self.trainer.num_training_batches:
+        if epochs.processed > epoch or batches >= trainer.num_training_batches:
             epoch, consumed = epoch + 1, 0
-        if progress_of_epochs.started <= progress_of_epochs.processed:  # between two epochs: the counts are the last one's
-            epoch, consumed = progress_of_epochs.processed, 0
+        if epochs.started <= epochs.processed:  # between two epochs: the counts are the last one's
+            epoch, consumed = epochs.processed, 0
         return {
             "epoch": epoch,
             "consumed": consumed,
@@ -386,8 +389,10 @@ class EpisodeDataModule(LightningDataModule):
         blocks = [(begin, min(begin + rows, end)) for start, end in runs for begin in range(start, end, rows)]
         accumulator = StatisticsAccumulator()
         for begin, end in progress(blocks, description=f"statistics of {key}", unit="blocks"):
-            read = isinstance(source, np.ndarray)
-            block = source[begin:end] if read else store.read(key, slice(begin, end))[..., :channels]
+            if isinstance(source, np.ndarray):
+                block = source[begin:end]
+            else:
+                block = store.read(key, slice(begin, end))[..., :channels]
             try:
                 accumulator.update(block)
             except ValueError as error:
@@ -439,5 +444,6 @@ def _checked(numbers: list[int], count: int, name: str) -> np.ndarray:
     return unique
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+def _as_it_is(batch: Any) -> Any:
+    """Collates nothing: a dataset of windows gives whole batches."""
     return batch

@@ -166,7 +166,7 @@ class WindowDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Memory-mapped arrays travel to spawned workers by name, not by content."""
-        arrays = {k: _Mapped(a.filename) if isinstance(a, np.memmap) else a for k, a in self.arrays.items()}
+        arrays = {k: _Mapped(str(a.filename)) if isinstance(a, np.memmap) else a for k, a in self.arrays.items()}
         return {**self.__dict__, "arrays": arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -103,13 +103,13 @@ class Normalizer(nn.Module):
         Raises:
             NormalizationError: unknown key, no values yet, or D is not the size of the statistics.
         """
-        scale, offset = self._values(key, value)
-        return value.float() if scale is None else value.float() * scale + offset
+        values = self._values(key, value)
+        return value.float() if values is None else value.float() * values[0] + values[1]
 
     def unnormalize(self, key: str, value: Tensor) -> Tensor:
         """Network units to physical units; arguments as in `normalize`."""
-        scale, offset = self._values(key, value)
-        return value.float() if scale is None else (value.float() - offset) / scale
+        values = self._values(key, value)
+        return value.float() if values is None else (value.float() - values[1]) / values[0]
 
     def set_statistics(self, statistics: Mapping[str, Statistics], names: Mapping[str, tuple[str, ...]] | None = None) -> None:
         """Computes all values from statistics, and says in one message which elements hardly vary.
@@ -169,14 +169,15 @@ class Normalizer(nn.Module):
             self.register_buffer(_buffer_name(key, "scale"), torch.ones(self.sizes[key], dtype=torch.float32, device="cpu"))
             self.register_buffer(_buffer_name(key, "offset"), torch.zeros(self.sizes[key], dtype=torch.float32, device="cpu"))
 
-    def _values(self, key: str, value: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _values(self, key: str, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Scale and offset, None for identity."""
         mode = self.modes.get(key)
         if mode is None:
             raise NormalizationError(f"{key}: this policy does not normalise it; it knows {', '.join(self.modes)}.")
         if key in self.sizes:
             _check_size(key, self.sizes[key], value.shape[-1])
         if mode == "identity":
-            return None, None
+            return None
         if key not in self._fitted:
             raise NormalizationError(
                 f"{key}: the normalizer has no statistics yet. Train the policy (fit computes them) or load a checkpoint."

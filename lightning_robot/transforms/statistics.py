@@ -44,7 +44,8 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Statistics:
-        return cls(**{k: int(v) if k == "count" else np.asarray(v, np.float64) for k, v in values.items()})
+        arrays: dict[str, Any] = {name: np.asarray(value, np.float64) for name, value in values.items() if name != "count"}
+        return cls(**arrays, count=int(values["count"]))
 
 
 class StatisticsAccumulator:

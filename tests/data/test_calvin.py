@@ -115,8 +115,9 @@ def test_default_place_is_beside_the_recordings_or_in_the_cache(tmp_path, monkey
     data = CalvinDataModule(root=str(tmp_path / "task_D_D"))
     assert data.find_store() == tmp_path / "task_D_D.zarr"
     monkeypatch.setenv("LIGHTNING_ROBOT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("os.access", lambda path, mode: False)
+    tmp_path.chmod(0o555)
     assert data.find_store().parent == tmp_path / "cache" / "calvin"
+    tmp_path.chmod(0o755)
 
 
 def test_a_root_that_is_wrong_says_how_to_get_data(tmp_path):

@@ -276,6 +276,22 @@ def test_resume_refuses_another_split_in_the_middle_of_an_epoch(store, tmp_path)
         fit(store, tmp_path, resume=tmp_path / "2.ckpt", max_train_episodes=3)
 
 
+def test_without_validation_episodes_and_predicting(store, tmp_path):
+    class Predicts(Reads):
+        def predict_step(self, batch, batch_idx):
+            return batch["frame_index"]
+
+    fit(store, tmp_path, epochs=1)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, enable_checkpointing=False, default_root_dir=tmp_path, **options)
+    model = Predicts()
+    trainer.fit(model, EpisodeDataModule(store, batch_size=8, num_workers=0, validation_ratio=0))
+    assert len(model.seen) > 4
+    data = EpisodeDataModule(store, batch_size=8, num_workers=0, validation_episodes=[1])
+    predicted = torch.cat(trainer.predict(Predicts(), data))
+    assert predicted.tolist() == list(range(-1, len(predicted) - 1))
+
+
 # Several ranks.
 
 SCRIPT = """
