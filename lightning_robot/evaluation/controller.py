@@ -135,6 +135,10 @@ class Controller:
         """True if the next action of an environment needs a new chunk."""
         return self.ensembling is not None or self.chunks[index] is None or self.position[index] >= self.execution_horizon
 
+    def will_read(self, index: int) -> bool:
+        """False if no query will read the observation that follows the latest action: it need not be computed."""
+        return self.ensembling is not None or self.execution_horizon - self.position[index] < self.policy.observation_steps
+
     def act(
         self, observations: Sequence[dict[str, Any]], elapsed: Sequence[int], indices: Sequence[int] | None = None
     ) -> list[np.ndarray]:

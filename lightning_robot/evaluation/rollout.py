@@ -278,7 +278,7 @@ def play(
                 continue
             beyond = np.maximum(description.low - action, action - description.high)
             running[index].steps_out_of_bounds += int((beyond > tolerance).any())
-            pool.send(index, "step", action)
+            pool.send(index, "step", action, controller.will_read(index))
 
     for index in range(controller.num_envs):
         begin(index)

@@ -104,15 +104,18 @@ class Host:
     def reset(self, seed: int, task: str | None) -> Transition:
         return self._guarded(lambda env: self._reset(env, seed, task))
 
-    def step(self, action: np.ndarray) -> Transition:
-        return self._guarded(lambda env: self._step(env, action))
+    def step(self, action: np.ndarray, observe: bool) -> Transition:
+        """One step; without `observe` an environment with the attribute ``skip_observation`` may leave the observation out."""
+        return self._guarded(lambda env: self._step(env, action, observe))
 
     def _reset(self, env: Any, seed: int, task: str | None) -> Transition:
         self.elapsed = 0
+        self._skip(env, False)
         observation, info = env.reset(seed=seed, options=None if task is None else {"task": task})
         return Transition(0, _as_dict(observation), success=_success(info), failure=info.get("failure"))
 
-    def _step(self, env: Any, action: np.ndarray) -> Transition:
+    def _step(self, env: Any, action: np.ndarray, observe: bool) -> Transition:
+        self._skip(env, not observe)
         observation, reward, terminated, truncated, info = env.step(action)
         self.elapsed += 1
         return Transition(
@@ -124,6 +127,10 @@ class Host:
             _success(info),
             info.get("failure"),
         )
+
+    def _skip(self, env: Any, skip: bool) -> None:
+        if hasattr(env.unwrapped, "skip_observation"):
+            env.unwrapped.skip_observation = skip
 
     def _guarded(self, call: Callable[[Any], Transition]) -> Transition:
         try:

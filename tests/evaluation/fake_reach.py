@@ -39,14 +39,19 @@ class Reach(gymnasium.Env):
     def __init__(
         self, max_steps=20, render_mode=None, raise_at=(), die_at=(), solved_at_reset=(), tasks=("near", "far"), silent=False,
         delay=0.0, renders=True, radius=0.2, shape=(STATE,), carry=False,
+        skips=True,
     ):  # fmt: skip
         self.max_steps, self.render_mode, self.raise_at, self.die_at = max_steps, render_mode, raise_at, die_at
         self.solved_at_reset, self.tasks, self.silent, self.delay = solved_at_reset, tasks, silent, delay
         self.renders, self.radius, self.features, self.carry = renders, radius, features(shape), carry
         self.episodes = 0
+        if skips:
+            self.skip_observation = False
         self.buffer = np.zeros(STATE, dtype=np.float32)  # written in place: whoever keeps observations must copy
 
     def observe(self):
+        if getattr(self, "skip_observation", False):
+            return {"task": f"come {self.task}"}
         self.buffer[:2] = self.place
         self.buffer[2:4] = self.velocity
         self.buffer[4] = self.count / self.max_steps

@@ -59,6 +59,21 @@ def test_history_repeats_the_first_observation_and_slides():
     assert policy.asked[0]["observation.state"].shape == (1, 3, 1)
 
 
+def test_only_observations_of_a_query_are_read():
+    policy = Counting()
+    controller = Controller(policy, 1, inference_batch=1, execution_horizon=6)
+    controller.reset([0], [0])
+    given, read = observation(0), []
+    for step in range(13):
+        controller.act([given], [step])
+        read.append(controller.will_read(0))
+        given = observation(step + 1) if read[-1] else {"task": "not looked at"}
+    # A query before the actions 0, 6, 12 reads three observations; number n follows action n - 1.
+    assert [number + 1 for number, wanted in enumerate(read) if wanted] == [4, 5, 6, 10, 11, 12]
+    assert policy.asked[1]["observation.state"][0, :, 0].tolist() == [4, 5, 6]
+    assert Controller(policy, 1, ensembling=Ensembling()).will_read(0)
+
+
 def test_queries_have_one_size_and_noise_belongs_to_episode_and_chunk():
     policy = Counting()
     controller = Controller(policy, 5, inference_batch=3)

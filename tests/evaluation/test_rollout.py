@@ -75,6 +75,14 @@ def test_table_is_byte_equal_for_any_number_of_ranks_and_processes(policy, refer
     assert spread.processes == 2
 
 
+def test_observations_that_nobody_reads_are_not_computed(policy, reference):
+    full = partial(Reach, skips=False)
+    assert rollout(policy, full, PLAN, progress=False).to_json() == reference.to_json()
+    assert rollout(policy, full, PLAN, ensembling=Ensembling(), progress=False).records == (
+        rollout(policy, Reach, PLAN, ensembling=Ensembling(), progress=False).records
+    )
+
+
 def test_a_share_may_be_empty(policy):
     assert rollout(policy, Reach, PLAN[:1], progress=False, rank=1, world_size=2).records == []
 
