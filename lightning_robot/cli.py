@@ -150,6 +150,7 @@ class CommandLine(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("prog", "python -m lightning_robot")
         return super().init_parser(**kwargs)
 
     @staticmethod

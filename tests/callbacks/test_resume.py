@@ -76,12 +76,14 @@ def uninterrupted(tmp_path_factory) -> dict[int, Path]:
         (11, "term", 1, 0),  # the signal comes in an epoch's last step
         (5, "term", 2, 0),
         (9, "fail", 1, 0),
+        (12, "validating", 1, 0),  # the whole validation is done again
+        (6, "validating", 2, 0),
     ],
 )
 def test_losses_continue_step_for_step(step, what, accumulation, every_n_steps, uninterrupted, tmp_path):
     options = [f"--trainer.accumulate_grad_batches={accumulation}", f"--checkpoints.every_n_steps={every_n_steps}"]
     code = _in_a_process(_fit, tmp_path, *options, *_at(step, what))
-    assert code == {"kill": -9, "term": 143, "fail": 1}[what]
+    assert code == {"kill": -9, "term": 143, "fail": 1, "validating": 143}[what]
     run = (tmp_path / "runs" / "latest").resolve()
     _without_callback(run)
     assert main(["fit", "--resume", str(run)]) == 0

@@ -191,17 +191,21 @@ class At(Callback):
 
     Args:
         step: after which optimizer step.
-        what: ``kill`` (SIGKILL), ``term`` (SIGTERM) or ``fail`` (an exception).
+        what: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``fail`` (an exception), or ``validating`` (SIGTERM in the validation).
     """
 
     def __init__(self, step: int, what: str) -> None:
         self.step, self.what = step, what
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and self.what != "validating":
             if self.what == "fail":
                 raise RuntimeError("as asked")
             os.kill(os.getpid(), signal.SIGKILL if self.what == "kill" else signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if trainer.global_step == self.step and self.what == "validating":
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def tiny_trainer(folder, *callbacks, **settings):
