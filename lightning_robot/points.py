@@ -136,30 +136,39 @@ def build_cloud(
     """
     if recipe.colors and colors_by_camera is None:
         raise ValueError("The recipe asks for colours: give the pictures, or set colors to false.")
-    clouds = []
+    parts = []  # per camera with points inside: name, rows inside, points inside
     for name in recipe.cameras:
         rows = np.flatnonzero(inside(points_by_camera[name], recipe.crop))
-        points = points_by_camera[name][rows].astype(np.float32, copy=False)
-        if recipe.colors and colors_by_camera is not None:
-            colors = colors_by_camera[name][rows]
-            scale = np.float32(255 if np.issubdtype(colors.dtype, np.integer) else 1)
-            points = np.concatenate([points, colors.astype(np.float32) / scale], axis=1)
-        if len(points):
-            clouds.append(points)
-    if not clouds:
+        if len(rows):
+            parts.append((name, rows, points_by_camera[name].take(rows, axis=0).astype(np.float32, copy=False)))
+    if not parts:
         lower, upper = recipe.crop
         raise EmptyCloud(
             f"No point of {' and '.join(recipe.cameras)} lies inside the crop box x {lower[0]:g}..{upper[0]:g}, "
             f"y {lower[1]:g}..{upper[1]:g}, z {lower[2]:g}..{upper[2]:g} (metres): check the depth's unit or widen the box."
         )
-    if not recipe.per_camera:
-        clouds = [np.concatenate(clouds)]
-    shares = [len(part) for part in np.array_split(np.arange(recipe.points), len(clouds))]
-    chosen = [
-        cloud[farthest_points(cloud[:, :3], share, recipe.start_index, recipe.height)]
-        for cloud, share in zip(clouds, shares, strict=True)
-    ]
-    return np.ascontiguousarray(np.concatenate(chosen))
+    sizes = [len(rows) for _, rows, _ in parts]
+    ends = np.cumsum(sizes)
+    pooled = parts[0][2] if len(parts) == 1 else np.concatenate([points for _, _, points in parts])
+    if recipe.per_camera:
+        shares = [len(share) for share in np.array_split(np.arange(recipe.points), len(parts))]
+        chosen = np.concatenate(
+            [
+                end - size + farthest_points(pooled[end - size : end], share, recipe.start_index, recipe.height)
+                for end, size, share in zip(ends, sizes, shares, strict=True)
+            ]
+        )
+    else:
+        chosen = farthest_points(pooled, recipe.points, recipe.start_index, recipe.height)
+    if not recipe.colors or colors_by_camera is None:
+        return pooled.take(chosen, axis=0)
+    cloud = np.empty((recipe.points, 6), dtype=np.float32)
+    cloud[:, :3] = pooled[chosen]
+    for (name, rows, _), end, size in zip(parts, ends, sizes, strict=True):
+        own = (chosen >= end - size) & (chosen < end)
+        colors = colors_by_camera[name][rows[chosen[own] - (end - size)]]
+        cloud[own, 3:] = colors / np.float32(255) if np.issubdtype(colors.dtype, np.integer) else colors
+    return cloud
 
 
 def inside(points: NDArray[np.floating], crop: tuple[tuple[float, ...], tuple[float, ...]]) -> NDArray[np.bool_]:

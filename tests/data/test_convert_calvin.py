@@ -15,7 +15,7 @@ import pytest
 
 from lightning_robot import points
 from lightning_robot.data import calvin_frames, convert_calvin
-from lightning_robot.data.calvin_files import CalvinError, Stretch, cut, read_frame
+from lightning_robot.data.calvin_files import CalvinError, DamagedFrame, Stretch, cut, read_frame
 from lightning_robot.data.calvin_frames import CAMERAS, CalvinSettings, convert_frame
 from lightning_robot.data.store import EpisodeStore, StoreError, partial_folder
 from lightning_robot.features import check_compatible
@@ -419,9 +419,17 @@ def test_cutting_at_damaged_frames():
     ]
 
 
-def test_a_frame_is_read_with_its_checksum(sample):
-    frame = read_frame(sample / "training/episode_0003120.npz", ("robot_obs", "rgb_static"))
-    assert set(frame) == {"robot_obs", "rgb_static"}
+def test_frames_are_read_as_numpy_reads_them(sample, tmp_path):
+    path = sample / "training/episode_0003120.npz"
+    with np.load(path) as archive:
+        for key, value in read_frame(path, archive.files).items():
+            np.testing.assert_array_equal(value, archive[key])
+            assert value.dtype == archive[key].dtype
+    turned = np.asfortranarray(np.random.default_rng(0).random((200, 200), np.float32))
+    np.savez(tmp_path / "turned.npz", depth_static=turned, robot_obs=np.array([None] * 15))
+    np.testing.assert_array_equal(read_frame(tmp_path / "turned.npz", ("depth_static",))["depth_static"], turned)
+    with pytest.raises(DamagedFrame, match="objects"):
+        read_frame(tmp_path / "turned.npz", ("robot_obs",))
 
 
 # Interruptions. A process that kills itself at its n-th sync or rename visits every stage of the work.
