@@ -21,6 +21,7 @@ LIMITS = (
     (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973),
 )
 FINGER_OPEN = 0.04  # m per finger
+FARTHEST = 0.2  # m or rad of a pose error that one step of the inverse kinematics looks at
 
 # Per link: translation and rotation (extrinsic x, y, z) from its parent, mass, capsule (from, to, radius) in its own frame.
 _HALF = math.pi / 2
@@ -154,7 +155,7 @@ class PandaKinematics:
         euler: Sequence[float] | Array,
         start: Array,
         iterations: int = 3,
-        damping: float = 0.03,
+        damping: float = 0.02,
         rest_gain: float = 0.1,
     ) -> Array:
         """Joint angles for a TCP pose by damped least squares, drawn towards the rest pose in the null space.
@@ -166,7 +167,7 @@ class PandaKinematics:
             euler: three angles.
             start: (7,) where the search starts: the previous solution.
             iterations: steps at most; fewer once the error is below 0.01 mm.
-            damping: of the least squares, in the Jacobian's unit.
+            damping: of the least squares at the pose, in the Jacobian's unit.
             rest_gain: share of the distance to the rest pose that a step may take up in the null space.
 
         Returns:
@@ -174,15 +175,19 @@ class PandaKinematics:
         """
         _euler_to_quaternion(euler, self._target_quaternion)
         joints: Array = np.clip(start, self._lower, self._upper)
-        jacobian, eye = self._jacobian, np.eye(6) * damping**2
+        jacobian, identity = self._jacobian, np.eye(6)
         for _ in range(iterations):
             self._data.qpos[:] = joints
             mujoco.mj_kinematics(self._model, self._data)
             mujoco.mj_comPos(self._model, self._data)
             error = self.pose_error(position, self._target_quaternion)
+            size = float(np.abs(error).max())
+            error /= max(1.0, size / FARTHEST)
+            # Far from the pose the damping grows, or an arm at full stretch would swing about; the pull makes way.
+            damped = (damping**2 + 0.5 * min(size, FARTHEST)) * identity
             mujoco.mj_jacSite(self._model, self._data, jacobian[:3], jacobian[3:], self._tcp)
-            pull = rest_gain * (self.rest - joints)
-            step = pull + jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + eye, error - jacobian @ pull)
+            pull = rest_gain * min(1.0, 0.01 / (size + 1e-9)) * (self.rest - joints)
+            step = pull + jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + damped, error - jacobian @ pull)
             largest = np.abs(step).max()
             if largest > 0.2:
                 step *= 0.2 / largest
@@ -190,7 +195,7 @@ class PandaKinematics:
             blocked = moved != joints + step
             if blocked.any():  # a joint at its limit absorbs the step for nothing: solve again without it
                 free = np.where(blocked, 0.0, jacobian)
-                step = np.linalg.solve(free @ free.T + eye, error)
+                step = np.linalg.solve(free @ free.T + damped, error)
                 step = np.clip(free.T @ step, -0.2, 0.2)
                 moved[~blocked] = np.clip(joints + step, self._lower, self._upper)[~blocked]
             joints = moved
