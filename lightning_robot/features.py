@@ -209,8 +209,8 @@ def calvin_features(
             (24,), unit="m, rad", names=CALVIN_SCENE, kinds=("scalar",) * 6 + pose * 3, frame="world"
         )
     # A displacement turns with the scene but does not move with it: a direction, not a position.
-    kinds = ("direction" if relative else "position",) * 3 + ("rotation",) * 3 + ("gripper",)
-    action = Feature((7,), unit="" if relative else "m, rad", names=CALVIN_ACTION, kinds=kinds, frame="world")
+    moves = ("direction" if relative else "position",) * 3 + ("rotation",) * 3 + ("gripper",)
+    action = Feature((7,), unit="" if relative else "m, rad", names=CALVIN_ACTION, kinds=moves, frame="world")
     form = "relative" if relative else "absolute"
     return Features(
         observations=observations,
