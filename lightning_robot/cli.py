@@ -63,7 +63,9 @@ class Stopped(Exception):
     """A signal ended the run in order."""
 
     def __init__(self, number: int, run: Path | None) -> None:
-        super().__init__(f"Stopped by signal {number}. Continue with: python -m lightning_robot fit --resume {run}")
+        saved = run is not None and (run / "checkpoints" / "last.ckpt").exists()
+        more = f"Continue with: python -m lightning_robot fit --resume {run}" if saved else "Nothing was saved yet."
+        super().__init__(f"Stopped by signal {number}. {more}")
         self.number = number
 
 

@@ -57,6 +57,7 @@ class Checkpoints(Checkpoint):
         top_k: how many of the best to keep besides ``best.ckpt``, as ``epoch0012_success0.850.ckpt``.
         best_optimizer: whether the best files also hold the optimizer's state, two thirds of a file, needed only to train
             on from there exactly.
+        initial: whether the untrained weights are kept as ``initial.ckpt``.
         every_n_epochs: epochs between two writes of `last`.
         every_n_steps: optimizer steps between further writes of `last` within an epoch; 0 for none.
     """
@@ -68,6 +69,7 @@ class Checkpoints(Checkpoint):
         tie_break: str = "val/loss",
         top_k: int = 0,
         best_optimizer: bool = False,
+        initial: bool = False,
         every_n_epochs: int = 1,
         every_n_steps: int = 0,
     ) -> None:
@@ -78,6 +80,7 @@ class Checkpoints(Checkpoint):
         self.tie_break = tie_break
         self.top_k = top_k
         self.best_optimizer = best_optimizer
+        self.initial = initial
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.directory = Path()
@@ -118,6 +121,8 @@ class Checkpoints(Checkpoint):
         self._seen_step = trainer.global_step
         if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
             say("No validation: checkpoints/last.ckpt is written, checkpoints/best.ckpt is not.")
+        if self.initial and trainer.global_step == 0:
+            self._save(trainer, "initial.ckpt", optimizer=False)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._updating = True

@@ -192,7 +192,7 @@ def checkpoint_bytes(pl_module: LightningModule, checkpoints: Checkpoints, avera
     slim = weights + (trained if averaging else 0)
     full = slim + 2 * trained
     best = full if checkpoints.best_optimizer else slim
-    return full + best * (1 + checkpoints.top_k) + full
+    return full + best * (1 + checkpoints.top_k) + slim * checkpoints.initial + full
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -106,6 +106,12 @@ def test_best_leaves_out_the_optimizer_and_says_its_class(tmp_path):
     assert "optimizer_states" in read_checkpoint(kept / "best.ckpt")
 
 
+def test_untrained_weights_are_kept_where_asked(tmp_path):
+    folder = _fit(tmp_path, Checkpoints(initial=True))
+    assert _files(folder) == ["best.ckpt", "checkpoint.json", "initial.ckpt", "last.ckpt"]
+    assert read_checkpoint(folder / "initial.ckpt")["global_step"] == 0
+
+
 def test_an_unknown_metric_is_named_with_those_there_are(tmp_path):
     with pytest.raises(KeyError, match=r"val/sucess.*Logged are: .*val/loss"):
         _fit(tmp_path, Checkpoints(monitor="val/sucess_rate"))
