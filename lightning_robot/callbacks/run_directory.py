@@ -87,11 +87,17 @@ class RunDirectory(Callback):
             f"{batch['nodes']} nodes x {batch['accumulation']} accumulated. {batch['steps_per_epoch']:,} optimizer steps per "
             f"epoch, {int(total):,} in total{left}."
         )
+        if left_over := int(trainer.num_training_batches) % trainer.accumulate_grad_batches:
+            say(
+                f"WARNING: an epoch's last step has {left_over} batches instead of {trainer.accumulate_grad_batches}: its gradient "
+                "is too small. Make the number of batches a multiple (the episode data modules do so by themselves)."
+            )
         if trainer.is_global_zero and self.path != Path():
             self._record(trainer, {"batch": batch, "total_steps": int(total)})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["next_logged_step"] = next_logged_step(trainer)
+        checkpoint["data_fingerprint"] = getattr(trainer.datamodule, "fingerprint", None)
 
     def _record(self, trainer: Trainer, content: dict[str, Any]) -> None:
         path = self.path / "run.json"
@@ -99,6 +105,8 @@ class RunDirectory(Callback):
         if self.resumed and "command" in content:
             taken_up = {key: content[key] for key in ("command", "started", "machine", "versions", "git")}
             record.setdefault("taken_up", []).append(taken_up)
+            if record.get("data", {}).get("fingerprint") != content["data"]["fingerprint"]:
+                say("WARNING: the data are not those that the run began with (their fingerprints differ).")
         else:
             record.update(content)
         _write(path, json.dumps(record, indent=2, default=str) + "\n")

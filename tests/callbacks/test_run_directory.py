@@ -55,6 +55,21 @@ def test_the_run_explains_itself(tmp_path):
         assert not os.path.isabs(os.readlink(link))  # a moved folder of runs stays whole
 
 
+def test_other_data_than_the_runs_are_named(tmp_path, capsys):
+    path = name_run(tmp_path, "doors", 7)
+    for resumed, fingerprint in ((False, "tiny"), (True, "tiny"), (True, "other")):
+        run, data = RunDirectory(root=str(tmp_path)), TinyData()
+        run.begin(path, "", 7, resumed=resumed, init_from=None)
+        data.fingerprint = fingerprint
+        tiny_trainer(path, run).fit(TinyPolicy(), datamodule=data)
+        assert ("fingerprints differ" in capsys.readouterr().out) == (fingerprint == "other")
+
+
+def test_a_step_of_too_few_batches_is_told(tmp_path, capsys):
+    tiny_trainer(tmp_path, RunDirectory(), accumulate_grad_batches=4).fit(TinyPolicy(), datamodule=TinyData())
+    assert "last step has 2 batches instead of 4" in capsys.readouterr().out
+
+
 def test_an_endless_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"trainer\.max_epochs"):
         tiny_trainer(tmp_path, RunDirectory(), max_epochs=-1).fit(TinyPolicy(), datamodule=TinyData())
