@@ -141,7 +141,8 @@ def report(result: EvaluationResult) -> None:
     """Prints the table, what a reader must know of it, and how fast it went."""
     from rich.console import Console
 
-    Console().print(result.table())
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(result.table())
     for sentence in result.warnings():
         print(sentence)
     steps = sum(record.steps for record in result.records)

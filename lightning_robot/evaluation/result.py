@@ -251,13 +251,14 @@ class EvaluationResult:
 
     def table(self, title: str = "") -> Table:
         """Success by task and over all, with intervals, steps and failures, for the terminal."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=title or None, title_justify="left")
-        for name, justify in (("task", "left"), ("success", "right"), ("rate", "right"), ("95 % interval", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        table.add_column("steps", justify="right")
-        table.add_column("failures")
+        table = Table(title=title or None, title_justify="left", box=box.SIMPLE)
+        table.add_column("task", no_wrap=True)
+        for name in ("success", "rate", "95 % interval", "steps"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("failures", overflow="fold")
         tasks = self.by_task()
         for name, result in [*tasks.items(), ("all", self)]:
             if name == "all" and len(tasks) > 1:

@@ -117,3 +117,8 @@ def test_table_shows_tasks_and_the_interval():
     text = console.export_text()
     for part in ("title", "near", "far", "1/2", "50.0 %", "9.5 to 90.5 %", "timeout 1"):
         assert part in text
+
+
+def test_wilson_interval_against_reference_values(shared):
+    for case in json.loads((shared / "golden" / "statistics.json").read_text())["intervals"]:
+        assert wilson(case["k"], case["n"], case["confidence"]) == pytest.approx(case["wilson"], abs=1e-12)
