@@ -47,6 +47,7 @@ def _instantiate(tmp_path, *files: Path) -> cli.CommandLine:
 @pytest.mark.parametrize("base", BASES, ids=lambda file: file.stem)
 def test_overlays_compose_with_every_base_in_any_order(base, overlay, tmp_path, monkeypatch):
     if overlay is not None and overlay.stem == "wandb" and find_spec("wandb") is None:
+        monkeypatch.setattr(cli, "find_spec", lambda name: True)
         monkeypatch.setattr(cli.CommandLine, "instantiate_classes", _only_parse)
     alone = _instantiate(tmp_path, base)
     if overlay is None:
@@ -109,6 +110,14 @@ def test_overlays_run_where_the_machine_permits(name, demonstrations, tmp_path):
     if name == "profile":
         assert list(run.glob("*.pt.trace.json"))
     assert (run / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_missing_extra_is_named(tmp_path, capsys):
+    options = ["--config", str(BASES[0]), "--config", str(CONFIGS / "overlays" / "wandb.yaml"), "--run.root", str(tmp_path)]
+    assert main(["fit", *options]) == 2
+    assert 'pip install "lightning_robot[wandb]"' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_list_is_complete():

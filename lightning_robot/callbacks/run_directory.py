@@ -89,8 +89,8 @@ class RunDirectory(Callback):
         )
         if left_over := int(trainer.num_training_batches) % trainer.accumulate_grad_batches:
             say(
-                f"WARNING: an epoch's last step has {left_over} batches instead of {trainer.accumulate_grad_batches}: its gradient "
-                "is too small. Make the number of batches a multiple (the episode data modules do so by themselves)."
+                f"WARNING: an epoch's last step has {left_over} batches instead of {trainer.accumulate_grad_batches}: its "
+                "gradient is too small. Make the number of batches a multiple (the episode data modules do so by themselves)."
             )
         if trainer.is_global_zero and self.path != Path():
             self._record(trainer, {"batch": batch, "total_steps": int(total)})
