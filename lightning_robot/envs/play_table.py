@@ -280,14 +280,9 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         else:
             robot = _vector("robot_obs", robot, 15)
             self._place_robot(robot[7:14], float(robot[6]), 1.0 if robot[14] > 0 else -1.0)
-        if scene is not None:
-            self._place_scene(_vector("scene_obs", scene, 24))
-        else:
-            for _ in range(1000):
-                self._place_scene(sample_scene(self._scene, self._task, self.np_random))
-                mujoco.mj_forward(self._model, self._data)
-                if not (self._data.contact.dist < -1e-3).any():  # nothing stands inside a wall or the door
-                    break
+        if scene is None:
+            scene = sample_scene(self._scene, self._task, self.np_random)
+        self._place_scene(_vector("scene_obs", scene, 24))
         mujoco.mj_step(self._model, self._data)
         mujoco.mj_forward(self._model, self._data)  # contacts of a block that was placed exactly on a surface
         self._arm.forward(self._data.qpos[self._arm_qpos])

@@ -1,8 +1,9 @@
 """Where an episode of the play table starts: a random state in which its task can be done.
 
 What varies: the tool centre point by ±5 cm in x and y and ±4 cm in z, its roll and pitch by ±0.05 rad and its yaw by ±0.1 rad
-around CALVIN's start pose; blocks as CALVIN draws them; slider and drawer within 5 and 2 cm of the end at which the task needs
-them, else at either end; lights as the task needs them, else on or off.
+around CALVIN's start pose; blocks as CALVIN draws them, but clear of the cabinet's walls and door (a wedged block stops the
+door); slider and drawer within 5 and 2 cm of the end at which the task needs them, else at either end; lights as the task needs
+them, else on or off.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ START_POSITION = (0.02586889, -0.2313129, 0.5712808)
 # CALVIN's is (3.0905, -0.029, 1.5001). A roll that stays this far below pi does not flip its sign along the way.
 START_EULER = (3.04, 0.0, 1.53)
 RESTING, RESTING_PLANK, RESTING_DRAWER = 0.46, 0.461, 0.3623  # heights of a block's centre
+DOOR_BACK, CABINET_BACK = 0.045, 0.158  # y of the door's rear at a block's upper edge, and of the back wall
 
 
 def sample_tool_pose(random: np.random.Generator) -> tuple[Array, Array]:
@@ -69,7 +71,7 @@ def _sample_blocks(scene: Scene, task: str, slider: float, random: np.random.Gen
     stacked = ("unstack" in task.split("_")) * 2  # the second of the scene's blocks lies on the first
     while True:
         blocks: list[Array] = []
-        for index, (name, _) in enumerate(scene.blocks):
+        for index, (name, size) in enumerate(scene.blocks):
             surface = int(random.integers(0, 3))
             if name == color and task.endswith("_slider"):
                 surface = 1 if slider < scene.slider_range / 2 else 2  # where the door is not
@@ -82,10 +84,22 @@ def _sample_blocks(scene: Scene, task: str, slider: float, random: np.random.Gen
             height = RESTING_DRAWER if position[1] < -0.18 else RESTING_PLANK if surface else RESTING
             yaw = random.uniform(-math.pi, math.pi)
             if stacked and index == 1:
-                position, height, yaw = blocks[0][:2].copy(), RESTING + 0.04, blocks[0][5]
+                position, height, yaw = blocks[0][:2].copy(), RESTING + 0.0399, blocks[0][5]
+            if surface and not _clear_of_walls(scene, size, position, yaw):
+                break
             blocks.append(np.array([*position, height, 0.0, 0.0, yaw]))
-        if not _overlap(scene, blocks):
+        if len(blocks) == 3 and not _overlap(scene, blocks):
             return blocks
+
+
+def _clear_of_walls(scene: Scene, size: str, position: Array, yaw: float) -> bool:
+    """Whether a block on the cabinet's floor touches neither its walls nor the sliding door, wherever that is."""
+    length, width = BLOCK_SIZES[size][:2]
+    half_x = (abs(length * math.cos(yaw)) + abs(width * math.sin(yaw))) / 2
+    half_y = (abs(length * math.sin(yaw)) + abs(width * math.cos(yaw))) / 2
+    left, right = scene.cavity
+    in_depth = position[1] - half_y > DOOR_BACK and position[1] + half_y < CABINET_BACK
+    return in_depth and position[0] - half_x > left and position[0] + half_x < right
 
 
 def _overlap(scene: Scene, blocks: list[Array]) -> bool:

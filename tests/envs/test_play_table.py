@@ -365,7 +365,7 @@ def test_a_block_can_be_pushed():
     table.reset(seed=0, options={"scene_obs": scene_vector(slider=0.0, blocks=blocks)})
     move_to(table, np.array([-0.04, -0.1, 0.55]), 1.57, -1)
     move_to(table, np.array([-0.04, -0.1, 0.475]), 1.57, -1)
-    assert steps(table, [1, 0, 0, 0, 0, 0, -1], 10)[4]["success"]
+    assert any(table.step([1, 0, 0, 0, 0, 0, -1])[4]["success"] for _ in range(15))
 
 
 # --- starts and episodes ---------------------------------------------------------------------------------------------------
