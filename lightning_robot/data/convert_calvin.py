@@ -13,8 +13,6 @@ Episodes are CALVIN's play episodes; described stretches are segments of them, s
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import shutil
 import zlib
 from bisect import bisect_right
@@ -364,7 +362,6 @@ def _check_block(
 
 
 def _convert(plan: _Plan, writer: StoreWriter, processes: int) -> None:
-    _remove_leftovers(writer)
     noted = _checksums(writer)
     tasks = [start for start in writer.shards if not (writer.is_written(start) and start in noted)]
     frames = sum(_shard_rows(writer, start) for start in tasks)
@@ -469,11 +466,3 @@ def _check_disk(plan: _Plan, writer: StoreWriter, frames: int) -> None:
             f"{writer.path.parent} has {free / 1e9:.1f} GB free, {frames} frames need about {needed / 1e9:.1f} GB. Make room, "
             "write elsewhere, or keep less (--no-rgb, --no-depth, fewer --points)."
         )
-
-
-def _remove_leftovers(writer: StoreWriter) -> None:
-    """Files that a killed process was in the middle of writing."""
-    for folder, _, names in os.walk(writer.partial):
-        for name in names:
-            if re.search(r"\.[0-9a-f]{32}\.partial$", name):
-                (Path(folder) / name).unlink()

@@ -461,6 +461,8 @@ class StoreWriter:
             array[...] = values
         root.attrs["fingerprint"] = EpisodeStore(self._store, zarr.open_group(str(self._store), mode="r"))._fingerprint()
         root.attrs["complete"] = True
+        for leftover in self._store.rglob(f"*.{'[0-9a-f]' * 32}.partial"):  # what a killed process was writing
+            leftover.unlink()
         for folder, _, files in os.walk(self._store):
             for file in files if "data" not in Path(folder).relative_to(self._store).parts[:1] else ():
                 _sync(Path(folder) / file)
