@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from lightning_robot.networks.convolution import PointLinear
 
 POINTS_PER_SLICE = 4096  # of the pass without gradient: its activations stay in the cache (measured 1.5 times as fast)
 
@@ -65,19 +66,3 @@ class PointNet(nn.Module):
         if clouds.device.type != "cpu":
             return (clouds,)
         return clouds.split(max(1, POINTS_PER_SLICE // clouds.shape[1]))
-
-
-class PointLinear(nn.Linear):
-    """`nn.Linear` for many rows and few columns.
-
-    On a CPU it runs as a convolution of size one over an image of one row, which is a view: oneDNN's kernel for it is up to
-    twice as fast as the matrix product behind `F.linear`.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
-            return super().forward(input)
-        rows = input.flatten(0, -2)  # (R, in)
-        image = rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)  # (1, in, 1, R), channels innermost in memory
-        result = F.conv2d(image, self.weight.view(*self.weight.shape, 1, 1), self.bias)  # (1, out, 1, R)
-        return result.permute(0, 2, 3, 1).view(*input.shape[:-1], self.out_features)

@@ -269,10 +269,11 @@ class DP3(ImitationPolicy):
         chunk = draw(0)
         of_time = self.unet.time_modulations(self.denoising_timesteps)  # per block (steps, 2 channels)
         of_condition = self.unet.condition_modulations(condition)  # per block (B, 2 channels)
-        for step, (_, alpha, alpha_previous) in enumerate(self.denoising_plan):
-            modulations = [time[step] + fixed for time, fixed in zip(of_time, of_condition)]
-            prediction = self.unet(chunk, modulations).to(chunk.dtype)
-            chunk = ddim_step(chunk, prediction, alpha, alpha_previous, self.hparams["sampler_formula"])
+        with self.unet.repeated(len(chunk)):
+            for step, (_, alpha, alpha_previous) in enumerate(self.denoising_plan):
+                modulations = [time[step] + fixed for time, fixed in zip(of_time, of_condition)]
+                prediction = self.unet(chunk, modulations).to(chunk.dtype)
+                chunk = ddim_step(chunk, prediction, alpha, alpha_previous, self.hparams["sampler_formula"])
         return chunk
 
     def configure_optimizers(self) -> dict[str, Any]:

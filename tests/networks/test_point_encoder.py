@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_robot.networks.point_encoder import PointLinear, PointNet
+from lightning_robot.networks.point_encoder import PointNet
 
 
 def plain(encoder, clouds):
@@ -76,17 +76,3 @@ def test_published_sizes():
     assert sum(p.numel() for p in PointNet(6).parameters()) == 212_416 - state_network
     with pytest.raises(ValueError, match="3 channels"):
         PointNet(4)
-
-
-def test_point_linear_is_linear():
-    torch.manual_seed(0)
-    layer, x = PointLinear(3, 5).double(), torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer(x[0]), expected[0])
-    assert layer(x).is_contiguous()
-    inputs = (x, layer.weight, layer.bias)
-    for ours, theirs in zip(
-        torch.autograd.grad(layer(x).sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs)
-    ):
-        torch.testing.assert_close(ours, theirs)

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_robot.networks.convolution import Convolution
 from lightning_robot.networks.unet import (
     ConditionalUnet,
-    Convolution,
     GroupNorm,
-    TransposedConvolution,
     sinusoids,
 )
 
@@ -17,26 +16,6 @@ from lightning_robot.networks.unet import (
 def small_unet(**arguments):
     torch.manual_seed(0)
     return ConditionalUnet(7, 12, **{"down_dims": (16, 24, 32), "embedding_size": 8} | arguments)
-
-
-@pytest.mark.parametrize("length", [4, 16])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(5, 1, 2), (3, 2, 1), (1, 1, 0)])
-def test_convolution_is_that_of_torch(length, kernel, stride, padding):
-    torch.manual_seed(0)
-    ours = Convolution(6, 8, kernel, stride=stride, padding=padding).double()
-    x = torch.randn(3, 6, length, dtype=torch.float64, requires_grad=True)
-    plain = F.conv1d(x, ours.weight, ours.bias, stride, padding)
-    torch.testing.assert_close(ours(x), plain)
-    inputs, weights = (x, ours.weight, ours.bias), torch.randn_like(plain)
-    for gradient, expected in zip(torch.autograd.grad(ours(x), inputs, weights), torch.autograd.grad(plain, inputs, weights)):
-        torch.testing.assert_close(gradient, expected)
-
-
-def test_transposed_convolution_is_that_of_torch():
-    torch.manual_seed(0)
-    ours = TransposedConvolution(6, 6, 4, stride=2, padding=1).double()
-    x = torch.randn(3, 6, 8, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), F.conv_transpose1d(x, ours.weight, ours.bias, 2, 1))
 
 
 def test_group_norm_is_that_of_torch():
@@ -57,7 +36,7 @@ def test_the_batch_stays_innermost_on_a_cpu():
     for module in unet.modules():
         if isinstance(module, Convolution):
             module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    unet(torch.randn(5, 16, 7), unet.modulations(torch.arange(5), torch.randn(5, 12)))
+    unet(torch.randn(300, 16, 7), unet.modulations(torch.arange(300) % 100, torch.randn(300, 12)))
     assert len(seen) > 20
     assert all(x.permute(1, 2, 0).is_contiguous() for x in seen if x.shape[1] != 7)  # 7: the caller's chunk
 
@@ -113,3 +92,19 @@ def test_sinusoids():
     assert table.shape == (100, 8)
     angles = 37 * 10000.0 ** -(torch.arange(4) / 3)
     torch.testing.assert_close(table[37], torch.cat((angles.sin(), angles.cos())))
+
+
+@torch.no_grad()
+def test_repeated_calls_use_unpacked_weights():
+    torch.manual_seed(0)
+    unet = small_unet(down_dims=(16, 768))
+    x, modulations = torch.randn(1, 16, 7), unet.modulations(torch.tensor([3]), torch.randn(1, 12))
+    expected = unet(x, modulations)
+    middle = unet.middle[0].first.convolution
+    with unet.repeated(1):
+        assert middle.taps is not None
+        torch.testing.assert_close(unet(x, modulations), expected, rtol=0, atol=1e-5)
+    assert middle.taps is None
+    with pytest.raises(RuntimeError, match="inside"), unet.repeated(1):
+        raise RuntimeError("inside")
+    assert middle.taps is None
