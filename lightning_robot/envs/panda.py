@@ -191,13 +191,12 @@ class PandaKinematics:
             largest = np.abs(step).max()
             if largest > 0.2:
                 step *= 0.2 / largest
-            moved = np.clip(joints + step, self._lower, self._upper)
+            moved: Array = np.clip(joints + step, self._lower, self._upper)
             blocked = moved != joints + step
             if blocked.any():  # a joint at its limit absorbs the step for nothing: solve again without it
                 free = np.where(blocked, 0.0, jacobian)
-                step = np.linalg.solve(free @ free.T + damped, error)
-                step = np.clip(free.T @ step, -0.2, 0.2)
-                moved[~blocked] = np.clip(joints + step, self._lower, self._upper)[~blocked]
+                other = free.T @ np.linalg.solve(free @ free.T + damped, error)
+                moved[~blocked] = np.clip(joints + np.clip(other, -0.2, 0.2), self._lower, self._upper)[~blocked]
             joints = moved
             if largest < 1e-5:
                 break
