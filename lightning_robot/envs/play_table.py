@@ -55,6 +55,8 @@ _GOALS = {
     "turn_on_lightbulb": ("switch", 1),
     "turn_off_lightbulb": ("switch", -1),
 }
+# MuJoCo goes back to its initial state by itself when one of these happens.
+_UNSTABLE = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 _NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 _RELATIVE_BOUND = np.array([10.0] * 7)
 _ABSOLUTE_LOW = np.array([-1.3, -1.4, 0.0, -2 * math.pi, -2 * math.pi, -2 * math.pi, -1.0])
@@ -72,7 +74,8 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     clipped, as in CALVIN, so a policy may exceed 1 a little. Beyond 10 an action is taken for a mistake of units and refused.
     Absolute actions are the target pose itself (m, rad). A gripper value above 0 opens, any other closes.
 
-    The same seed gives the same episode to the last bit, whatever ran before.
+    The same seed gives the same episode to the last bit, whatever ran before. What random starts vary is told in
+    `lightning_robot.envs.play_table_starts`.
 
     Args:
         scene: "A", "B", "C" or "D".
@@ -325,8 +328,10 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._steps += 1
         self._watch()
         success = self._is_solved()
-        truncated = not success and self._steps >= self.max_steps
-        failure = self._name_failure() if truncated else None
+        unstable = any(data.warning[kind].number for kind in _UNSTABLE)
+        success = success and not unstable
+        truncated = unstable or (not success and self._steps >= self.max_steps)
+        failure = "simulation_unstable" if unstable else self._name_failure() if truncated else None
         info = {"task": self._task, "success": success, "failure": failure}
         return self._observe(), float(success), success, truncated, info
 

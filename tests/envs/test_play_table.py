@@ -506,6 +506,17 @@ def test_failures_have_names():
     assert failure("open_drawer", touch_the_handle, drawer=0.0) == "handle_missed"
 
 
+def test_an_unstable_simulation_ends_the_episode(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file
+    table._data.qvel[0] = 1e15
+    *_, success, truncated, info = table.step(HOLD)
+    assert not success
+    assert truncated
+    assert info["failure"] == "simulation_unstable"
+    table.reset(seed=0)
+    assert table.step(HOLD)[4]["failure"] is None
+
+
 @pytest.mark.slow
 def test_speed():
     """On one core, in processor time, so that a busy machine does not fail it. The aims are 1,000 and 150 steps per second."""
