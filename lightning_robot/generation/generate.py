@@ -54,7 +54,7 @@ def generate(
     episodes_per_task: int = 25,
     seed: int = 0,
     noise: float = 0.0,
-    hold: int = 3,
+    hold: int = 8,
     processes: int | None = None,
 ) -> Path:
     """Generates demonstrations into an episode store.
@@ -69,7 +69,7 @@ def generate(
         episodes_per_task: successful demonstrations of each task.
         seed: seed of the first attempt; the following ones count up from it. Evaluation uses other blocks of seeds.
         noise: standard deviation of noise on the executed, not on the recorded action, in the action's units.
-        hold: steps recorded after success.
+        hold: steps recorded after success, so that a policy learns to carry a motion through instead of stopping short.
         processes: worker processes, each with an environment of its own; one per core when None. 1 works in this process.
 
     Returns:
