@@ -49,8 +49,9 @@ class Convolution(nn.Conv1d):
     def _sum_of_taps(self, input: Tensor, taps: Tensor) -> Tensor:
         length, rows = input.shape[2], len(input)
         steps = input.permute(2, 0, 1).contiguous()  # (L, B, in)
+        assert self.bias is not None
         result = self.bias.repeat(length, rows, 1)  # (L, B, out)
-        for shift, tap in enumerate(taps, start=-self.padding[0]):
+        for shift, tap in enumerate(taps, start=-(len(taps) // 2)):
             first, last = max(0, -shift), min(length, length - shift)
             if first < last:  # the tap falls on more than padding
                 result[first:last].flatten(0, 1).addmm_(steps[first + shift : last + shift].flatten(0, 1), tap.t())
@@ -83,7 +84,7 @@ class PointLinear(nn.Linear):
         return result.permute(0, 2, 3, 1).view(*input.shape[:-1], self.out_features)
 
 
-def convolve(image: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+def convolve(image: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
     """`F.conv2d` on a CPU; in float32 by oneDNN, which torch passes over for single threads and for single small images.
 
     Args:

@@ -32,6 +32,8 @@ class ConditionalUnet(nn.Module):
         num_timesteps: time steps are integers below it.
     """
 
+    sinusoids: Tensor
+
     def __init__(
         self,
         action_size: int,
@@ -67,13 +69,13 @@ class ConditionalUnet(nn.Module):
         last = len(down_dims) - 1
         self.down = nn.ModuleList()
         for level, (below, width) in enumerate(zip((action_size, *down_dims), down_dims)):
-            resample = Convolution(width, width, 3, stride=2, padding=1) if level < last else nn.Identity()
-            self.down.append(nn.ModuleDict({"blocks": residual_blocks(below, width), "resample": resample}))
+            halve = Convolution(width, width, 3, stride=2, padding=1) if level < last else nn.Identity()
+            self.down.append(Level(residual_blocks(below, width), halve))
         self.middle = residual_blocks(down_dims[-1], down_dims[-1])
         self.up = nn.ModuleList()
         for width, above in zip(down_dims[-2::-1], down_dims[:0:-1]):
-            resample = TransposedConvolution(width, width, 4, stride=2, padding=1)
-            self.up.append(nn.ModuleDict({"blocks": residual_blocks(2 * above, width), "resample": resample}))
+            double = TransposedConvolution(width, width, 4, stride=2, padding=1)
+            self.up.append(Level(residual_blocks(2 * above, width), double))
         self.final = ConvolutionBlock(down_dims[0], down_dims[0], kernel_size, groups=8)
         self.output = Convolution(down_dims[0], action_size, 1)
 
@@ -91,22 +93,19 @@ class ConditionalUnet(nn.Module):
         x = x.transpose(1, 2)  # (B, A, H)
         skips = []
         for level in self.down:
-            for block in level["blocks"]:
-                x = block(x, next(remaining))
+            x = level(x, remaining)
             skips.append(x)
-            x = level["resample"](x)
+            x = level.resample(x)
         for block in self.middle:
             x = block(x, next(remaining))
         for level in self.up:
             x = _join_channels(x, skips.pop())
-            for block in level["blocks"]:
-                x = block(x, next(remaining))
-            x = level["resample"](x)
+            x = level.resample(level(x, remaining))
         return self.output(self.final(x)).transpose(1, 2)
 
     def residual_blocks(self) -> list[ResidualBlock]:
         """All blocks that are modulated, in the order in which `forward` passes them."""
-        levels = [*(level["blocks"] for level in self.down), self.middle, *(level["blocks"] for level in self.up)]
+        levels = [*(level.blocks for level in self.down), self.middle, *(level.blocks for level in self.up)]
         return [block for blocks in levels for block in blocks]
 
     def modulations(self, timesteps: Tensor, condition: Tensor) -> list[Tensor]:
@@ -156,6 +155,20 @@ class ConditionalUnet(nn.Module):
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """(K,) int64 -> (K, d)."""
         return self.time_encoder(self.sinusoids[timesteps])
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, and the step to the next one, which the caller takes."""
+
+    def __init__(self, blocks: nn.ModuleList, resample: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.resample = blocks, resample
+
+    def forward(self, x: Tensor, modulations: Iterator[Tensor]) -> Tensor:
+        """The blocks alone: (B, channels_in, L) -> (B, channels_out, L); takes a modulation for each."""
+        for block in self.blocks:
+            x = block(x, next(modulations))
+        return x
 
 
 class ResidualBlock(nn.Module):
@@ -211,7 +224,7 @@ def _join_channels(x: Tensor, y: Tensor) -> Tensor:
 def sinusoids(count: int, size: int) -> Tensor:
     """(count, size) float32: sines, then cosines, of 0 ... count - 1 at wavelengths from 2 pi to 20000 pi."""
     half = size // 2
-    options = {"dtype": torch.float32, "device": "cpu"}  # whatever the module around is built with
-    frequencies = torch.exp(torch.arange(half, **options) * -(math.log(10000) / (half - 1)))
-    angles = torch.arange(count, **options).unsqueeze(1) * frequencies
+    steps = torch.arange(max(count, half), dtype=torch.float32, device="cpu")  # whatever the module around is built with
+    frequencies = torch.exp(steps[:half] * -(math.log(10000) / (half - 1)))
+    angles = steps[:count].unsqueeze(1) * frequencies
     return torch.cat((angles.sin(), angles.cos()), 1)

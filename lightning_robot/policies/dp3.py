@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,6 +63,8 @@ class DP3(ImitationPolicy):
 
     published_dims: ClassVar[tuple[int, ...]] = (512, 1024, 2048)
     blocks_per_level: ClassVar[int] = 2
+    alphas_cumprod: Tensor
+    denoising_timesteps: Tensor
 
     def __init__(
         self,
@@ -165,7 +168,7 @@ class DP3(ImitationPolicy):
             num_timesteps=options["diffusion_steps"],
         )
 
-        from diffusers import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         with torch.device("cpu"):  # whatever the module around is built with
             schedule = DDIMScheduler(
@@ -276,7 +279,7 @@ class DP3(ImitationPolicy):
                 chunk = ddim_step(chunk, prediction, alpha, alpha_previous, self.hparams["sampler_formula"])
         return chunk
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         options = self.hparams
         optimizer = torch.optim.AdamW(
             self.parameters(),
