@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 after an error, which is printed.
     """
     arguments = parser().parse_args(argv)
-    from lightning_robot.data.store import StoreError
-    from lightning_robot.generation.generate import GenerationError, generate
+    from lightning_robot.generation.generate import generate
 
     try:
         generate(
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             hold=arguments.hold,
             processes=arguments.processes,
         )
-    except (GenerationError, StoreError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1
     return 0

@@ -26,6 +26,7 @@ import numpy as np
 
 from lightning_robot.console import progress, say
 from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter, partial_folder
+from lightning_robot.data.workers import claimed, usable_cores
 from lightning_robot.generation.attempts import (
     Attempt,
     Recording,
@@ -76,14 +77,25 @@ def generate(
         `store` as a path.
 
     Raises:
-        GenerationError: the store exists with other settings; an unfinished one does; the expert fails too often; one
-            episode keeps killing its worker; the seeds reach those of evaluation.
+        GenerationError: the environment cannot be made or has no expert; the store exists with other settings; an
+            unfinished one does; the expert fails too often; one episode keeps killing its worker; the seeds reach those of
+            evaluation.
+        WorkError: another process is generating the same store.
     """
-    store = Path(store)
+    store = Path(store).expanduser().absolute()
+    if processes is not None and processes < 1:
+        raise GenerationError(f"processes is {processes}; it must be at least 1.")
     example: Any = None
     try:
-        example = Recording("", env, dict(env_kwargs or {}), noise, hold).make()
+        try:
+            example = Recording("", env, dict(env_kwargs or {}), noise, hold).make()
+        except (ValueError, TypeError, gymnasium.error.Error) as error:
+            raise GenerationError(f"{env} cannot be made: {error}") from error
         source = example.unwrapped
+        if not hasattr(source, "expert"):
+            raise GenerationError(
+                f"{env} has no scripted expert (a method `expert`, see CONTRIBUTING.md): nobody to demonstrate its tasks."
+            )
         chosen = tuple(tasks) if tasks else tuple(source.tasks)
         settings = json.loads(
             json.dumps(
@@ -108,27 +120,28 @@ def generate(
             say(f"{store} is complete: {episodes_per_task} demonstrations of each of {len(chosen)} tasks.")
             return store
         _check_tasks(example, chosen, seed)
-        folder = _claim(partial, settings, dict(source.fingerprint))
-        recording = Recording(str(folder), env, settings["environment_arguments"], noise, hold)
-        jobs = _Jobs(chosen, episodes_per_task, seed, folder)
-        count = min(processes or len(os.sched_getaffinity(0)), jobs.missing) or 1
-        say(
-            f"Generating {jobs.wanted} demonstrations ({len(chosen)} tasks, {episodes_per_task} each) in {env} with its "
-            f"scripted expert, {count} process{'es' if count > 1 else ''}, into {store}."
-        )
-        if jobs.attempts:
-            say(f"Continuing: {len(jobs.attempts)} attempts are already there, {jobs.missing} demonstrations are missing.")
-        deaths = 0
-        if jobs.missing:
-            collected = _here(jobs, recording, example) if count == 1 else _in_processes(jobs, recording, count)
-            for _ in progress(collected, total=jobs.missing, description="generating", unit="demonstrations"):
-                pass
-            deaths = sum(jobs.deaths.values())
-        _pack(store, folder, jobs, settings, example)
-        for line in jobs.report():
-            say(line)
-        if deaths:
-            say(f"{deaths} worker process(es) died on the way; their episodes were attempted again.")
+        with claimed(partial):
+            folder = _staging(partial, settings, dict(source.fingerprint))
+            recording = Recording(str(folder), env, settings["environment_arguments"], noise, hold)
+            jobs = _Jobs(chosen, episodes_per_task, seed, folder)
+            count = min(processes or usable_cores(), jobs.missing) or 1
+            say(
+                f"Generating {jobs.wanted} demonstrations ({len(chosen)} tasks, {episodes_per_task} each) in {env} with its "
+                f"scripted expert, {count} process{'es' if count > 1 else ''}, into {store}."
+            )
+            if jobs.attempts:
+                say(f"Continuing: {len(jobs.attempts)} attempts are already there, {jobs.missing} demonstrations are missing.")
+            deaths = 0
+            if jobs.missing:
+                collected = _here(jobs, recording, example) if count == 1 else _in_processes(jobs, recording, count)
+                for _ in progress(collected, total=jobs.missing, description="generating", unit="demonstrations"):
+                    pass
+                deaths = sum(jobs.deaths.values())
+            _pack(store, folder, jobs, settings, example)
+            for line in jobs.report():
+                say(line)
+            if deaths:
+                say(f"{deaths} worker process(es) died on the way; their episodes were attempted again.")
         return store
     finally:
         if example is not None:
@@ -184,7 +197,7 @@ def _check_same(store: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _claim(partial: Path, settings: dict[str, Any], fingerprint: dict[str, str]) -> Path:
+def _staging(partial: Path, settings: dict[str, Any], fingerprint: dict[str, str]) -> Path:
     """The folder that attempts are staged in, new or left by an interrupted generation with the same settings."""
     folder = partial / "episodes"
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,9 +52,23 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_unknown_environment_is_named(tmp_path, capsys):
-    assert main([str(tmp_path / "x.zarr"), "--env", "nowhere/Thing-v0"]) == 1
-    assert "nowhere" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "nowhere/Thing-v0"], "nowhere"),
+        (["--env", "lightning_robot/PlayTabel-v0"], "Did you mean"),
+        (["--env", "CartPole-v1"], "has no scripted expert"),
+        (["--scene", "Z"], "'Z' is not among A, B, C, D"),
+        (["--env-kwargs", '{"colour": 1}'], "unexpected keyword argument 'colour'"),
+        (["--processes", "-1"], "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_generated_is_said_in_one_line(arguments, message, tmp_path, capsys):
+    assert main([str(tmp_path / "x.zarr"), *arguments]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("generate: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_needs_no_torch():

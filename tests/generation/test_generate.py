@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_robot.data.store import EpisodeStore
+from lightning_robot.data.store import EpisodeStore, partial_folder
+from lightning_robot.data.workers import WorkError, claimed
 from lightning_robot.generation.attempts import Attempt, read_arrays, read_attempt, run_episode, write_attempt
 from lightning_robot.generation.generate import GenerationError, generate
 
@@ -106,6 +107,13 @@ def test_processes_and_repetition_do_not_change_a_byte(tmp_path):
     assert EpisodeStore.open(one).fingerprint == EpisodeStore.open(two).fingerprint
     other = generate(tmp_path / "other" / "reach.zarr", **{**SETTINGS, "seed": 100})
     assert EpisodeStore.open(one).fingerprint != EpisodeStore.open(other).fingerprint
+
+
+def test_two_generations_do_not_meet(tmp_path):
+    store = tmp_path / "reach.zarr"
+    with claimed(partial_folder(store)), pytest.raises(WorkError, match="Another process is at work"):
+        generate(store, **SETTINGS)
+    assert EpisodeStore.open(generate(store, **SETTINGS)).num_episodes == 10
 
 
 def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path):
@@ -221,7 +229,7 @@ def test_play_table_demonstrations_replay_to_the_last_bit(tmp_path):
 
     tasks = ("open_drawer", "turn_on_led")
     arguments = {"cloud": {"points": 64}, "camera_sizes": {"static": 32, "gripper": 32}}
-    path = generate(tmp_path / "table.zarr", tasks=tasks, episodes_per_task=2, processes=2, env_kwargs=arguments)
+    path = generate(tmp_path / "table.zarr", tasks=tasks, episodes_per_task=2, hold=3, processes=2, env_kwargs=arguments)
     store = EpisodeStore.open(path)
     env = make_environment("lightning_robot/PlayTable-v0", **arguments)
     assert store.features == env.unwrapped.features
