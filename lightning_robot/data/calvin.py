@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_robot import __version__
 from lightning_robot.console import say
-from lightning_robot.data.cache import cache_folder, file_lock, is_writable
+from lightning_robot.data.cache import cache_folder, is_writable
 from lightning_robot.data.calvin_frames import CalvinSettings
 from lightning_robot.data.episodes import EpisodeDataModule
 from lightning_robot.data.store import EpisodeStore, StoreError
@@ -29,6 +29,7 @@ class Demonstrations:
         episodes_per_task: successful demonstrations of each.
         seed: of the first attempt.
         noise: standard deviation of noise on executed, not on recorded actions.
+        hold: steps recorded after success.
         scene: A, B, C or D.
         points: points per cloud.
         colors: clouds with colours.
@@ -39,6 +40,7 @@ class Demonstrations:
     episodes_per_task: int = 25
     seed: int = 0
     noise: float = 0.0
+    hold: int = 8
     scene: str = "D"
     points: int = 1024
     colors: bool = False
@@ -53,6 +55,7 @@ class Demonstrations:
             "episodes_per_task": self.episodes_per_task,
             "seed": self.seed,
             "noise": self.noise,
+            "hold": self.hold,
             "processes": self.processes,
         }
 
@@ -185,7 +188,7 @@ class CalvinDataModule(EpisodeDataModule):
         generate(path, **(self.generate or Demonstrations()).arguments())
 
     def _check_settings(self, path: Path) -> None:
-        """An existing store serves; if settings are given as well, it must have been made with them."""
+        """An existing store serves; one that was made with other settings of the same kind than those given is refused."""
         if self.root is not None and self.convert is not None:
             made_with = EpisodeStore.open(path).provenance.get("settings")
             if made_with is not None and made_with != self.convert.to_dict():
@@ -193,9 +196,12 @@ class CalvinDataModule(EpisodeDataModule):
                     f"{path} was converted with other settings than data.init_args.convert gives. Leave them out to use it, or "
                     "give data.init_args.store another place."
                 )
-        if self.root is None and self.store_path is not None and self.generate is not None:
-            with file_lock(path.with_name(path.name + ".lock")):
+        generated = "generator" in EpisodeStore.open(path).provenance.get("settings", {})
+        if self.root is None and self.store_path is not None and self.generate is not None and generated:
+            try:
                 self.make_store(path)  # the generator compares settings and finds the store complete
+            except RuntimeError as error:
+                raise StoreError(f"{error} To train on it as it is, name it as data.init_args.root.") from error
 
 
 _HOW_TO_GET = (

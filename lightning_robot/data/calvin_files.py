@@ -243,6 +243,8 @@ def read_frame(path: Path, keys: Collection[str]) -> dict[str, NDArray[Any]]:
         raise DamagedFrame("the file is missing") from error
     except KeyError as error:
         raise DamagedFrame(f"{error.args[0]}") from error
+    except MemoryError:  # trouble of the machine, not of the file
+        raise
     except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, zlib.error, EOFError, struct.error ...
         empty = path.stat().st_size == 0
         what = "the file is empty" if empty else f"cannot be read ({type(error).__name__}: {error})"

@@ -13,6 +13,7 @@ Episodes are CALVIN's play episodes; described stretches are segments of them, s
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import zlib
 from bisect import bisect_right
@@ -143,7 +144,7 @@ def convert_calvin(
     Raises:
         CalvinError: the recordings cannot be used, or (strict) something in them is damaged.
         ForbiddenPickle: a language file holds code; nothing of it was run.
-        StoreError: the store exists with other settings, or an unfinished one does.
+        StoreError: the store exists with other settings or of other recordings, or an unfinished one does.
     """
     root, target = Path(root).expanduser().absolute(), Path(store).expanduser().absolute()
     settings = settings or CalvinSettings()
@@ -154,7 +155,7 @@ def convert_calvin(
         check_statistics(split, report)
     table = _Language.read(found, language, encoder, report) if language else None
     if target.exists():
-        return _existing(target, settings)
+        return _existing(target, settings, root, stretches)
     processes = processes or usable_cores()
     with claimed(partial_folder(target)) as partial:
         _check_samples(found, stretches, settings, report)
@@ -205,13 +206,22 @@ def _plan(found: Sequence[Split], stretches: Sequence[Stretch], settings: Calvin
     return _Plan(tuple(replace(split, frames=split.frames[:0]) for split in found), tuple(stretches), tuple(scenes), settings)
 
 
-def _existing(target: Path, settings: CalvinSettings) -> Conversion:
-    """A store that is there already serves if it was converted with the same settings."""
+def _existing(target: Path, settings: CalvinSettings, root: Path, stretches: Sequence[Stretch]) -> Conversion:
+    """A store that is there already serves if it was converted from these recordings with the same settings."""
     store = EpisodeStore.open(target)
+    remedy = "Use it, delete it, or write to another place."
     if store.provenance.get("settings") != settings.to_dict():
-        raise StoreError(f"{target} exists and was made with other settings. Use it, delete it, or write to another place.")
+        raise StoreError(f"{target} exists and was made with other settings. {remedy}")
+    stored = [(SPLITS.index(split), first, last) for split, first, last in store.provenance["source_frames"]]
+    episodes = sorted((stretch.split, stretch.first, stretch.last) for stretch in stretches)
+    for split, first, last in stored:
+        at = bisect_right(episodes, (split, first, math.inf)) - 1
+        if at < 0 or episodes[at][0] != split or last > episodes[at][2]:
+            raise StoreError(f"{target} exists and was not made from {root}: no {SPLITS[split]} {first} to {last}. {remedy}")
+    if missing := {split for split, *_ in episodes} - {split for split, *_ in stored}:
+        raise StoreError(f"{target} exists and holds no {' and no '.join(SPLITS[split] for split in missing)}. {remedy}")
     if partial_folder(target).exists():  # killed between the last rename and tidying up
-        shutil.rmtree(partial_folder(target))
+        shutil.rmtree(partial_folder(target), ignore_errors=True)
     say(f"{target} is there already, converted with the same settings ({store.num_frames} frames).")
     return Conversion(store, [])
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning_robot.data import calvin
 from lightning_robot.data.calvin import CalvinDataModule, Demonstrations
 from lightning_robot.data.calvin_frames import CalvinSettings
-from lightning_robot.data.store import StoreError, StoreWriter
+from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter
 
 WINDOW = SimpleNamespace(
     keys=("observation.state", "observation.point_cloud"),
@@ -90,6 +90,21 @@ def test_a_named_store_is_made_or_used(tmp_path, generator):
     assert len(generator) == 1
     with pytest.raises(StoreError, match=r"is a store already: leave out data\.init_args\.store"):
         ready(root=str(path), store=str(tmp_path / "x.zarr"))
+
+
+def test_settings_of_demonstrations_concern_generated_stores_alone(tmp_path, monkeypatch, generator):
+    path, arguments = tmp_path / "mine.zarr", Demonstrations(episodes_per_task=2, points=16).arguments()
+    demonstrations(path, **arguments)
+    assert ready(store=str(path), generate=Demonstrations()).store.path == path
+    assert generator == []
+
+    def refuse(path, **arguments):
+        raise RuntimeError(f"{path} was generated with other settings.")
+
+    monkeypatch.setattr(sys.modules["stand_in_generator"], "generate", refuse)
+    monkeypatch.setattr(EpisodeStore, "provenance", {"settings": {"generator": "expert"}})
+    with pytest.raises(StoreError, match=r"other settings\. To train on it as it is, name it as data\.init_args\.root"):
+        ready(store=str(path), generate=Demonstrations())
 
 
 def test_recordings_are_converted_at_the_first_use(shared, tmp_path):

@@ -381,6 +381,17 @@ def test_a_finished_store_serves_again_and_is_never_overwritten(sample, tmp_path
         convert(sample, tmp_path / "s", SMALL)
 
 
+def test_a_finished_store_of_other_recordings_is_refused(root, tmp_path):
+    convert(root, tmp_path / "training", SMALL, splits=("training",))
+    with pytest.raises(StoreError, match="holds no validation"):
+        convert(root, tmp_path / "training", SMALL)
+    bounds = np.load(root / "training" / "ep_start_end_ids.npy")
+    (root / "training" / "ep_start_end_ids.npy").unlink()
+    np.save(root / "training" / "ep_start_end_ids.npy", bounds[1:])
+    with pytest.raises(StoreError, match=r"was not made from .*: no training \d+ to \d+"):
+        convert(root, tmp_path / "training", SMALL, splits=("training",))
+
+
 def test_two_converters_do_not_meet(sample, tmp_path):
     with convert_calvin.claimed(partial_folder(tmp_path / "s")), pytest.raises(RuntimeError, match="Another process"):
         convert(sample, tmp_path / "s")
