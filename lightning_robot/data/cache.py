@@ -38,9 +38,19 @@ def file_lock(path: Path) -> Iterator[None]:
     """Holds a lock file: one process at a time per storage, freed by the system when its holder dies.
 
     The empty file stays behind: removing it would let two processes hold "the" lock.
+
+    Raises:
+        OSError: nothing can be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            f"Cannot write in {path.parent} ({error.strerror}). Let the environment variable LIGHTNING_ROBOT_CACHE name a "
+            "folder that can be written, or data.init_args.store a place for the store."
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

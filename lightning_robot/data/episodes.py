@@ -80,8 +80,15 @@ class EpisodeDataModule(LightningDataModule):
             drop_last: leave out an epoch's smaller last batch, so that all batches have one shape (`torch.compile`).
             decode: map arrays larger than 64 MB from a decoded copy on disk, made at the first use; without it every window is
                 read from the compressed store, about a hundred times slower.
+
+        Raises:
+            ValueError: `validation_ratio` is no share, or a limit is below 1.
         """
         super().__init__()
+        if validation_ratio is not None and not 0 <= validation_ratio < 1:
+            raise ValueError(f"validation_ratio: {validation_ratio}; it is a share of the episodes, from 0 to below 1.")
+        if max_train_episodes is not None and max_train_episodes < 1:
+            raise ValueError(f"max_train_episodes: {max_train_episodes}; leave it out for no limit.")
         self.store_path = None if store is None else Path(store).expanduser().absolute()
         self.batch_size, self.num_workers, self.drop_last, self.decode = batch_size, num_workers, drop_last, decode
         self.validation_ratio, self.max_train_episodes, self.seed = validation_ratio, max_train_episodes, seed
@@ -105,14 +112,14 @@ class EpisodeDataModule(LightningDataModule):
         return self.store_path
 
     def make_store(self, path: Path) -> None:
-        """Makes the store at `path`. One process at a time calls this, when there is none; sources that can, override it."""
+        """Makes the store at `path`; sources that can, override it. One process at a time calls this, when there is none."""
 
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
         """Makes the store and decoded copies where they are missing: once per storage, whoever else shares it."""
         path = self.find_store()
-        if not path.exists():
+        if not path.exists() and type(self).make_store is not EpisodeDataModule.make_store:
             with file_lock(path.with_name(path.name + ".lock")):
                 if not path.exists():  # another process may have made it meanwhile
                     self.make_store(path)

@@ -21,13 +21,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_robot.data.workers import append_line, read_lines
 from lightning_robot.features import Feature, Features
 
 KEYS = {
@@ -319,7 +319,7 @@ class StoreWriter:
         self.partial = partial_folder(self.path)
         if not 1 <= cloud_chunk <= 4 or shard_frames % cloud_chunk:
             raise StoreError(f"cloud_chunk is from 1 to 4 and divides shard_frames ({shard_frames}); it is {cloud_chunk}.")
-        if self.path.exists():
+        if os.path.lexists(self.path):  # a link to nothing, too, could not be renamed over
             raise StoreError(f"{self.path} exists. Use it, delete it, or write to another place.")
         if num_frames < 1:
             raise StoreError(f"{self.path}: nothing to write (0 frames).")
@@ -376,10 +376,7 @@ class StoreWriter:
             / array_name(key)
             / array.metadata.encode_chunk_key((start_row // self.shard_frames, *(0,) * (block.ndim - 1)))
         )
-        with open(self._journal, "a") as journal:  # one short line: appended whole, also among several processes
-            journal.write("\n" + json.dumps([key, start_row]) + "\n")  # apart from a line that a kill may have cut
-            journal.flush()
-            os.fsync(journal.fileno())
+        append_line(self._journal, [key, start_row])
         self._written.add((key, start_row))
 
     def append(self, blocks: Mapping[str, np.ndarray]) -> None:
@@ -468,7 +465,7 @@ class StoreWriter:
                 _sync(Path(folder) / file)
         os.rename(self._store, self.path)
         _sync(self.path.parent)
-        shutil.rmtree(self.partial)
+        shutil.rmtree(self.partial, ignore_errors=True)
         return EpisodeStore.open(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -480,7 +477,7 @@ class StoreWriter:
         from zarr.codecs import BloscCodec
 
         noted = self.partial / "settings.json"
-        if noted.exists():
+        if noted.exists() and self._store.exists():  # without the latter: finished, and killed before tidying up
             old = json.loads(noted.read_text())
             different = [name for name in settings if old.get(name) != settings[name]]
             if different:
@@ -521,14 +518,7 @@ class StoreWriter:
         return self._opened[key]
 
     def _read_journal(self) -> set[tuple[str, int]]:
-        if not self._journal.exists():
-            return set()
-        written = set()
-        for line in self._journal.read_text().splitlines():
-            with suppress(ValueError):  # blank, or cut by a kill
-                key, start = json.loads(line)
-                written.add((key, start))
-        return written
+        return {(key, start) for key, start in read_lines(self._journal)}
 
 
 def partial_folder(path: Path) -> Path:

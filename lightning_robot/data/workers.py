@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -19,15 +20,18 @@ class WorkError(RuntimeError):
     """The work cannot begin, or a worker process was lost."""
 
 
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Adds a line and waits until it is on the disk. It begins with a line break: one before may have been cut by a kill."""
+def append_line(path: Path, value: Any) -> None:
+    """Adds a line of JSON and waits until it is on the disk; short lines arrive whole, also from several processes.
+
+    It begins with a line break: the line before may have been cut by a kill.
+    """
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"\n{json.dumps(value)}\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Any]:
     """What `append_line` noted; lines cut by a kill are left out."""
     lines = []
     if path.exists():
@@ -42,13 +46,10 @@ def claimed(partial: Path) -> Iterator[Path]:
     """The work folder, for this process alone: a lock that a kill releases."""
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "lock", "w") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise WorkError(f"Another process is at work in {partial}. Wait for it, or write elsewhere.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WorkError(f"Another process is at work in {partial}. Wait for it, or write elsewhere.") from error
         yield partial
 
 

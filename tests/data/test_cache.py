@@ -81,3 +81,9 @@ def test_lock_admits_one_process(tmp_path, capsys):
         assert time.monotonic() - started > 0.1
     process.join()
     assert "Waiting for another process" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Cannot write in .*file.*LIGHTNING_ROBOT_CACHE"), file_lock(tmp_path / "file" / "lock"):
+        pass

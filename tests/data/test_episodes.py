@@ -262,6 +262,18 @@ def test_resume_anywhere_continues_exactly(store, tmp_path, workers):
         assert again.seen == whole.seen[5:]
 
 
+def test_a_missing_store_leaves_nothing_behind(tmp_path):
+    with pytest.raises(StoreError, match="There is no store"):
+        ready(tmp_path / "typo" / "a.zarr")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [{"validation_ratio": 20}, {"validation_ratio": -0.1}, {"max_train_episodes": 0}])
+def test_shares_and_limits_are_checked_at_once(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EpisodeDataModule("a.zarr", **wrong)
+
+
 def test_resume_inside_an_accumulated_step_repeats_that_step(store, tmp_path):
     whole, per_epoch = fit(store, tmp_path, accumulate=3, save_every=1)
     assert per_epoch % 3 == 0

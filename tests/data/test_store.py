@@ -137,6 +137,25 @@ def test_killed_writer_continues_to_the_same_bytes(tmp_path):
     assert content(path) == whole
 
 
+def test_what_a_kill_after_the_last_rename_left_is_begun_afresh(tmp_path):
+    path = tmp_path / "a.zarr"
+    writer = StoreWriter(path, ARRAYS, FRAMES, shard_frames=16)
+    writer.append(frames())
+    shutil.copytree(writer.partial, tmp_path / "left")
+    writer.finish(np.array([30, FRAMES]))
+    whole = content(path)
+    shutil.rmtree(path)
+    shutil.copytree(tmp_path / "left", partial_folder(path), ignore=shutil.ignore_patterns("store"))
+    writer = StoreWriter(path, ARRAYS, FRAMES, shard_frames=16)
+    assert not any(writer.is_written(start) for start in writer.shards)
+    writer.append(frames())
+    writer.finish(np.array([30, FRAMES]))
+    assert content(path) == whole
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="exists"):
+        StoreWriter(tmp_path / "link", ARRAYS, FRAMES)
+
+
 def _write_shard(job):
     writer, start = job
     for key, value in frames().items():
