@@ -5,7 +5,7 @@ An environment from which demonstrations are generated offers, beside Gymnasium'
     features       `Features` of its observations and its action
     fingerprint    dict of strings: simulator, version, scene, ...
     task_sentence(task) -> str              the sentence that the task is evaluated with
-    task_paraphrases(task) -> tuple[str]    sentences to train with; optional, the evaluation sentence otherwise
+    task_paraphrases(task) -> tuple[str]    more sentences to train with; optional
     expert(rng) -> object with act() -> action    a scripted expert for the task of the last reset
 
 ``reset(seed=..., options={"task": ...})`` starts an episode, and ``info`` tells ``success`` and, at the end, ``failure``.
@@ -120,11 +120,14 @@ def run_episode(
 
 
 def task_texts(env: gymnasium.Env, task: str) -> tuple[str, ...]:
-    """Sentences that demonstrations of the task are labelled with."""
+    """Sentences that demonstrations of the task are labelled with: the one it is evaluated with, and its paraphrases.
+
+    The evaluation's own sentence is among them because vectors of hashed n-grams tell wordings apart better than meanings:
+    "left" and "right" in a sentence never seen are too near each other.
+    """
     source: Any = env.unwrapped
-    if hasattr(source, "task_paraphrases"):
-        return tuple(source.task_paraphrases(task))
-    return (source.task_sentence(task),)
+    paraphrases = source.task_paraphrases(task) if hasattr(source, "task_paraphrases") else ()
+    return (source.task_sentence(task), *paraphrases)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------
