@@ -174,7 +174,7 @@ def back_project(
             f"Camera {camera.name!r} has {camera.height} x {camera.width} pixels (rows x columns); a depth picture of "
             f"{height} x {width} from row {origin[0]}, column {origin[1]} with stride {stride} does not fit in."
         )
-    rays = _rays(camera, pixel_offset, origin, stride, (height, width))
+    rays = _rays(camera, tuple(pixel_offset), tuple(origin), stride, (height, width))
     points = rays @ np.asarray(pose[:3, :3].T, dtype=np.float32)
     points *= depth.reshape(-1, 1).astype(np.float32, copy=False)
     points += np.asarray(pose[:3, 3], dtype=np.float32)
@@ -183,7 +183,7 @@ def back_project(
 
 @lru_cache(maxsize=16)
 def _rays(
-    camera: Camera, offset: tuple[float, float], origin: tuple[int, int], stride: int, shape: tuple[int, int]
+    camera: Camera, offset: tuple[float, ...], origin: tuple[int, ...], stride: int, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
     """Points at depth 1 in the camera's frame, (h * w, 3)."""
     rows = origin[0] + stride * np.arange(shape[0]) + offset[1] - camera.height / 2

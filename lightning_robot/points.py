@@ -57,7 +57,10 @@ class CloudRecipe:
     height: int = 5
 
     def __post_init__(self) -> None:
-        lower, upper = (tuple(float(value) for value in corner) for corner in self.crop)
+        try:
+            lower, upper = (tuple(float(value) for value in corner) for corner in self.crop)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"crop: needs two corners of three numbers, [[x, y, z], [x, y, z]]; got {self.crop}.") from error
         object.__setattr__(self, "cameras", tuple(self.cameras))
         object.__setattr__(self, "crop", (lower, upper))
         object.__setattr__(self, "pixel_offset", tuple(float(value) for value in self.pixel_offset))
@@ -106,9 +109,14 @@ def cloud_from_depth(
     Raises:
         EmptyCloud: nothing lies inside the crop.
         KeyError: a camera of the recipe is not given.
+        ValueError: a picture has not its camera's size.
     """
     points, colors = {}, {}
     for name in recipe.cameras:
+        size = (cameras[name].height, cameras[name].width)
+        for kind, pictures in (("depth", depths), ("colour", rgbs if recipe.colors else None)):
+            if pictures is not None and pictures[name].shape[:2] != size:
+                raise ValueError(f"Camera {name!r} has {size} pixels, its {kind} picture {pictures[name].shape[:2]}.")
         depth = np.where(depths[name] > 0, depths[name], np.float32(np.nan))  # 0 is how some cameras say "nothing seen"
         points[name] = back_project(depth, cameras[name], poses[name], recipe.pixel_offset)
         if recipe.colors and rgbs is not None:

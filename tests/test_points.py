@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from lightning_robot import points as module
-from lightning_robot.geometry import CALVIN_GRIPPER, CALVIN_STATIC, CALVIN_STATIC_POSE, back_project, calvin_gripper_pose
+from lightning_robot.geometry import (
+    CALVIN_GRIPPER,
+    CALVIN_STATIC,
+    CALVIN_STATIC_POSE,
+    Camera,
+    back_project,
+    calvin_gripper_pose,
+)
 from lightning_robot.points import CloudRecipe, EmptyCloud, build_cloud, cloud_from_depth, farthest_points
 
 BOX = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -111,6 +118,19 @@ def test_recipe_round_trip_and_unknown_names():
         CloudRecipe.from_dict({"number": 3})
     with pytest.raises(ValueError, match="lower corner"):
         CloudRecipe(crop=((0, 0, 0), (1, -1, 1)))
+    with pytest.raises(ValueError, match="two corners of three numbers"):
+        CloudRecipe(crop=(0, 0, 0, 1, 1, 1))
+
+
+def test_pictures_have_their_cameras_size():
+    camera = Camera("a", 20, 10, 60.0, 0.01, 10.0)
+    recipe = CloudRecipe(cameras=("a",), points=4, colors=True, crop=((-9, -9, -9), (9, 9, 9)))
+    depth, colors = np.ones((10, 20), np.float32), np.zeros((10, 20, 3), np.uint8)
+    assert cloud_from_depth({"a": depth}, {"a": camera}, {"a": np.eye(4)}, {"a": colors}, recipe).shape == (4, 6)
+    with pytest.raises(ValueError, match="depth picture"):
+        cloud_from_depth({"a": depth[::2, ::2]}, {"a": camera}, {"a": np.eye(4)}, {"a": colors}, recipe)
+    with pytest.raises(ValueError, match="colour picture"):
+        cloud_from_depth({"a": depth}, {"a": camera}, {"a": np.eye(4)}, {"a": colors[:5]}, recipe)
 
 
 def test_cloud_of_a_real_frame(shared):

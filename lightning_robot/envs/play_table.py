@@ -118,6 +118,10 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             _among("observations", name, OBSERVATIONS)
         if task is not None and tasks is not None:
             raise ValueError("Give task or tasks, not both.")
+        if isinstance(tasks, str):
+            raise ValueError(f"tasks is a list of task ids; for one, write task={tasks!r}.")
+        if max_steps < 1:
+            raise ValueError(f"max_steps: {max_steps}; an episode has at least one step.")
         self.tasks = tuple(known_task(name) for name in ((task,) if task else tasks or calvin_tasks.BLOCK_FREE_TASKS))
         self.scene, self.max_steps, self.render_mode, self._renderer = scene, max_steps, render_mode, renderer
         self.relative = actions == "relative"
