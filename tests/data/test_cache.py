@@ -2,7 +2,6 @@
 
 import multiprocessing
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -64,23 +63,26 @@ def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     assert not list((tmp_path / "a.zarr.decoded").glob("*.npy"))
 
 
-def _hold(path, entered):
+def _hold(path, entered, release):
     with file_lock(path):
         entered.set()
-        time.sleep(0.3)
+        release.wait(10)
+        (path.parent / "left").touch()
 
 
-def test_lock_admits_one_process(tmp_path, capsys):
+def test_lock_admits_one_process(tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
-    entered = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path / "x.lock", entered))
+    entered, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / "x.lock", entered, release))
     process.start()
-    entered.wait(10)
-    started = time.monotonic()
+    assert entered.wait(10)
+    said = []
+    monkeypatch.setattr("lightning_robot.data.cache.say", lambda message: (said.append(message), release.set()))
     with file_lock(tmp_path / "x.lock"):
-        assert time.monotonic() - started > 0.1
+        assert (tmp_path / "left").exists()
     process.join()
-    assert "Waiting for another process" in capsys.readouterr().out
+    assert len(said) == 1
+    assert said[0].startswith("Waiting for another process")
 
 
 def test_a_place_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
