@@ -17,6 +17,7 @@ from lightning_robot.evaluation.rollout import (
     REPORTING_SEEDS,
     SELECTION_SEEDS,
     Episode,
+    choose_tasks,
     environment_maker,
     inspect_environment,
     plan_episodes,
@@ -35,7 +36,7 @@ class SimulationEvaluation(Callback):
     Args:
         env: Gymnasium id of the environment; null switches simulation off.
         env_kwargs: arguments of the environment's constructor.
-        tasks: task ids to play; null plays every task that the environment offers.
+        tasks: task ids to play; null plays the environment's, of which a task-conditioned policy plays those it was trained on.
         episodes: episodes per evaluation, over all tasks and ranks; 0 switches simulation off.
         seed: seed of the first episode, between 1,000,000 and 2,000,000.
         every_n_epochs: epochs between two evaluations; they happen at validations, so at the first one after that many.
@@ -92,6 +93,7 @@ class SimulationEvaluation(Callback):
         self.result: EvaluationResult | None = None
         self._last_step = -1
         self._plan: list[Episode] | None = None
+        self.played_tasks: list[str] = []  # settled when the environment is met
 
     @property
     def enabled(self) -> bool:
@@ -156,7 +158,7 @@ class SimulationEvaluation(Callback):
             checkpoint["evaluation"] = {
                 "env": self.env,
                 "env_kwargs": self.env_kwargs,
-                "tasks": self.tasks,
+                "tasks": self.played_tasks or self.tasks,
                 "execution_horizon": self.execution_horizon,
                 "max_steps": self.max_steps,
                 "inference_batch": self.inference_batch,
@@ -188,7 +190,8 @@ class SimulationEvaluation(Callback):
             description, notes = inspect_environment(pl_module, make_env, self.tasks or ())
             for note in notes:
                 say(note)
-            self._plan = plan_episodes(self.episodes, self.seed, self.tasks or description.tasks)
+            self.played_tasks = choose_tasks(pl_module, description, self.tasks)
+            self._plan = plan_episodes(self.episodes, self.seed, self.played_tasks)
         return self._plan
 
     def _evaluate(self, trainer: Trainer, pl_module: Any) -> EvaluationResult:

@@ -90,7 +90,7 @@ def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
 
     from lightning_robot.callbacks.checkpoints import read_checkpoint
     from lightning_robot.console import say
-    from lightning_robot.evaluation.rollout import environment_maker, inspect_environment, plan_episodes, rollout
+    from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment, plan_episodes, rollout
     from lightning_robot.evaluation.video import record_videos
     from lightning_robot.policies.base import load_policy
 
@@ -105,9 +105,10 @@ def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
     description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
     for note in notes:
         say(note)
-    plan = plan_episodes(arguments.episodes, arguments.seed, settings["tasks"] or description.tasks)
+    tasks = choose_tasks(policy, description, settings["tasks"])
+    plan = plan_episodes(arguments.episodes, arguments.seed, tasks)
     say(
-        f"Evaluating {path.name} ({'averaged' if averaged else 'raw'} weights, epoch {checkpoint.get('epoch', '?')}) in "
+        f"Evaluating {path} ({'averaged' if averaged else 'raw'} weights, epoch {checkpoint.get('epoch', '?')}) in "
         f"{settings['env']}: {len(plan)} episodes, seeds {plan[0].seed} to {plan[-1].seed}."
     )
     result = rollout(

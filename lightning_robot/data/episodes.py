@@ -161,6 +161,8 @@ class EpisodeDataModule(LightningDataModule):
             self._report_short(part, part_spans, pads)
         self.train_windows, self.validation_windows = (make(spans[part]) for part in ("training", "validation"))
         if self.language is not None:
+            tasks = self.language["tasks"]  # the table may hold sentences of tasks that no training segment shows
+            self.language["trained_tasks"] = sorted({tasks[text] for text in spans["training"][:, 4] if tasks[text]})
             self._report_overlap(spans["training"])
         say(
             f"Data: {path}: {len(self.train_windows)} training windows of {len(self.train_episodes)} episodes, "

@@ -57,8 +57,8 @@ class EpisodeRecord:
         success_at_reset: the environment reported success before the first action: the policy did nothing for it.
         start_state: hash of the first observation.
         queries: chunks asked of the policy.
-        steps_out_of_bounds: steps whose action lay outside the environment's bounds by more than rounding; what it does
-            with them is the environment's affair.
+        steps_out_of_bounds: steps whose action lay outside the environment's bounds by more than a tenth of their range; what
+            it does with them is the environment's affair.
     """
 
     seed: int

@@ -82,6 +82,11 @@ class Policy(ABC):
             pad_after=self.execution_horizon - 1,
         )
 
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        """Ids of the tasks that the policy was conditioned on in training; empty where it reads no task."""
+        return ()
+
     @abstractmethod
     def predict_action_chunk(
         self,
@@ -144,6 +149,10 @@ class ImitationPolicy(Policy, LightningModule):
     def select_statistics(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """What the policy keeps of the data's statistics, where `select_features` keeps a part of a feature."""
         return statistics
+
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        return tuple((self.hparams.get("language") or {}).get("trained_tasks", ()))
 
     @property
     def compilable(self) -> list[torch.nn.Module]:

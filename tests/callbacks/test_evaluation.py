@@ -145,6 +145,16 @@ def test_settings_are_in_the_checkpoint(tmp_path):
     }
 
 
+def test_trained_tasks_are_played_and_saved_where_none_are_named(tmp_path):
+    judge, module = evaluation(env_kwargs={"tasks": ("near", "far")}), Module()
+    module.trained_tasks = ("far", "fly")
+    runner = trainer(tmp_path, judge, max_epochs=1, enable_checkpointing=True)
+    runner.fit(module)
+    assert {row.task for row in judge.result.records} == {"far"}
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["evaluation"]["tasks"] == ["far"]
+
+
 def test_resumed_run_keeps_the_rhythm(tmp_path):
     judge = evaluation(every_n_epochs=2, at_end=False)
     runner = trainer(tmp_path, judge, max_epochs=3)

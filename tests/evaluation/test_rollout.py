@@ -15,6 +15,7 @@ from lightning_robot.evaluation.rollout import (
     REPORTING_SEEDS,
     SELECTION_SEEDS,
     Episode,
+    choose_tasks,
     fingerprint_policy,
     inspect_environment,
     plan_episodes,
@@ -46,6 +47,18 @@ def test_plan_spreads_episodes_over_tasks_with_consecutive_seeds():
     with pytest.raises(ValueError, match="at least one per task"):
         plan_episodes(1, 0, ("a", "b"))
     assert GENERATION_SEEDS < SELECTION_SEEDS < REPORTING_SEEDS
+
+
+def test_tasks_are_those_asked_for_else_those_trained(policy, monkeypatch):
+    description, _ = inspect_environment(policy, partial(Reach, tasks=("near", "far")))
+    assert choose_tasks(policy, description) == ["near", "far"]  # the policy reads no task
+    monkeypatch.setattr(policy, "trained_tasks", ("far", "fly"), raising=False)
+    assert choose_tasks(policy, description) == ["far"]
+    assert choose_tasks(policy, description, ["near"]) == ["near"]
+    assert choose_tasks(policy, inspect_environment(policy, partial(Reach, tasks=()))[0]) == []
+    monkeypatch.setattr(policy, "trained_tasks", ("fly",))
+    with pytest.raises(EnvironmentFault, match="trained on fly; the environment plays near, far"):
+        choose_tasks(policy, description)
 
 
 def test_every_episode_is_played_once_and_the_outcomes_differ(reference):
@@ -177,6 +190,12 @@ def test_actions_beyond_the_bounds_are_said():
     wild.predict_action_chunk = lambda *args, **kwargs: 5 * predict(*args, **kwargs)
     result = rollout(wild, Reach, PLAN[:4], progress=False)
     assert result.summary()["share_out_of_bounds"] > 0.5
+    for factor, reported in ((1.19, False), (1.21, True)):  # the range is 2: a tenth of it is tolerated
+        wild.predict_action_chunk = lambda *args, factor=factor, **kwargs: torch.full((8, 1, 4, 2), factor)
+        summary = rollout(wild, Reach, PLAN[:4], progress=False).summary()
+        assert summary["share_out_of_bounds"] == reported
+    wild.predict_action_chunk = lambda *args, **kwargs: 5 * predict(*args, **kwargs)
+    result = rollout(wild, Reach, PLAN[:4], progress=False)
     assert any("outside the environment's bounds" in sentence for sentence in result.warnings())
     wild.predict_action_chunk = lambda *args, **kwargs: 400 * predict(*args, **kwargs)
     with pytest.raises(EnvironmentFault, match="un-normalised"):

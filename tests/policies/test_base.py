@@ -163,6 +163,12 @@ def test_task_embeddings_come_from_the_table_and_survive_the_checkpoint(tmp_path
         policy.task_embedding({})
 
 
+def test_trained_tasks_survive_the_checkpoint(tmp_path):
+    policy = built(Linear(uses_task=True), Data(language=language("e") | {"trained_tasks": ["open_drawer"]}))
+    assert load_policy(save(policy, tmp_path / "a.ckpt")).trained_tasks == ("open_drawer",)
+    assert Linear().trained_tasks == ()
+
+
 def test_unknown_sentences_are_encoded_where_the_encoder_runs_here():
     policy = built(Linear(uses_task=True), Data(language=language(HashedTextEncoder.name)))
     expected = torch.from_numpy(HashedTextEncoder().encode(["pull the drawer open"]))
