@@ -35,11 +35,8 @@ def table(folder):
 def test_run_directory_is_evaluated_as_it_was_in_training(run, capsys):
     assert main([str(run), *FAST]) == 0
     out = capsys.readouterr().out
-    assert (
     said = f"Evaluating {run.resolve()}/checkpoints/best.ckpt (averaged weights, epoch 3) in fake/Reach-v0: 4 episodes, "
     assert said + "seeds 2000000 to 2000003." in out
-        in out
-    )
     assert "far" in out
     assert "95 % interval" in out
     found = table(run / "evaluations" / "best_seed2000000_episodes4")
