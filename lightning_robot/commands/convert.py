@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``convert``; returns the exit status: 0 done, 1 refused or failed with a message on stderr."""
+    """Runs ``convert``; returns the exit status: 0 done, 1 refused or failed with a message on stderr, 130 interrupted."""
     arguments = vars(_parser().parse_args(argv))
     return arguments.pop("run")(**arguments)
 
@@ -31,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     add("root", metavar="ROOT", help="folder with training/ and validation/, or one of the two")
     add("store", metavar="STORE", help="where the store will be, e.g. calvin.zarr")
     add("--points", type=int, default=2048, help="points per cloud, 0 for no clouds")
-    add("--no-colors", action="store_false", dest="colors", help="clouds without red, green, blue")
+    off: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS}
+    add("--no-colors", **off, dest="colors", help="clouds without red, green, blue")
     add("--per-camera", action="store_true", help="half of the points from each camera instead of both pooled")
     add(
         "--crop",
@@ -49,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("COLUMN", "ROW"),
         help="sampled place inside a pixel: 0.5 0.5 for the official data (OpenGL), 0 1 for PyBullet's software renderer",
     )
-    add("--no-rgb", action="store_false", dest="rgb", help="no colour pictures of the static camera")
-    add("--no-depth", action="store_false", dest="depth", help="no depth pictures of the static camera")
+    add("--no-rgb", **off, dest="rgb", help="no colour pictures of the static camera")
+    add("--no-depth", **off, dest="depth", help="no depth pictures of the static camera")
     add("--size", type=int, default=160, help="central rows and columns of the static camera's 200 that are kept")
     add("--gripper-rgb", action="store_true", help="colour pictures of the gripper camera too")
     add("--gripper-depth", action="store_true", help="depth pictures of the gripper camera too")
@@ -87,9 +89,13 @@ def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence
     except (ValueError, RuntimeError, OSError) as error:
         print(f"convert calvin: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert calvin: interrupted; the same command continues.", file=sys.stderr)
+        return 130
     segments = 0 if done.store.segments is None else len(done.store.segments)
+    verified = f"; {done.verified} frames converted again and equal" if done.verified else ""
     say(
         f"{done.store.path}: {done.store.num_frames} frames, {done.store.num_episodes} episodes, {segments} described "
-        f"segments; {done.verified} frames converted again and equal."
+        f"segments{verified}."
     )
     return 0

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after ``generate``; those of the process when None.
 
     Returns:
-        0, or 1 after an error, which is printed.
+        0; 1 after an error, which is printed; 130 after an interruption from the keyboard.
     """
     arguments = parser().parse_args(argv)
     from lightning_robot.generation.generate import generate
@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("generate: interrupted; the same command continues.", file=sys.stderr)
+        return 130
     return 0
 
 

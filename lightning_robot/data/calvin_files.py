@@ -25,7 +25,8 @@ from lightning_robot.geometry import CALVIN_GRIPPER, CALVIN_STATIC
 from lightning_robot.unpickling import ForbiddenPickle, load_object_array
 
 SPLITS = ("training", "validation")
-DEFAULT_ENCODER = "paraphrase-MiniLM-L6-v2"  # of the folder lang_annotations; other folders are called lang_<encoder>
+LANGUAGE = "lang_annotations"
+DEFAULT_ENCODER = "paraphrase-MiniLM-L6-v2"  # of the folder above; other folders are called lang_<encoder>
 FRAME_SHAPES: dict[str, tuple[int, ...]] = {
     "actions": (7,),
     "rel_actions": (7,),

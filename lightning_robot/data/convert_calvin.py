@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from lightning_robot.console import progress, say
 from lightning_robot.data.calvin_files import (
     DEFAULT_ENCODER,
+    LANGUAGE,
     SPLITS,
     CalvinError,
     DamagedFrame,
@@ -120,7 +121,7 @@ def convert_calvin(
     settings: CalvinSettings | None = None,
     *,
     splits: Sequence[str] = SPLITS,
-    language: str = "lang_annotations",
+    language: str = LANGUAGE,
     encoder: str = "",
     scene: str = "",
     processes: int | None = None,
@@ -146,6 +147,8 @@ def convert_calvin(
         ForbiddenPickle: a language file holds code; nothing of it was run.
         StoreError: the store exists with other settings or of other recordings, or an unfinished one does.
     """
+    if processes is not None and processes < 1:
+        raise CalvinError(f"processes: {processes}; it must be at least 1.")
     root, target = Path(root).expanduser().absolute(), Path(store).expanduser().absolute()
     settings = settings or CalvinSettings()
     found = find_splits(root, splits)
@@ -153,6 +156,9 @@ def convert_calvin(
     stretches = [stretch for split in found for stretch in play_episodes(split, report)]
     for split in found:
         check_statistics(split, report)
+    if language not in ("", LANGUAGE) and not any((split.folder / language).is_dir() for split in found):
+        names = sorted({path.name for split in found for path in split.folder.glob("lang_*")})
+        raise CalvinError(f"{root}: no split has a folder {language}; there are: {', '.join(names) or 'none'}.")
     table = _Language.read(found, language, encoder, report) if language else None
     if target.exists():
         return _existing(target, settings, root, stretches)
@@ -236,7 +242,7 @@ class _Language:
 
     @classmethod
     def read(cls, splits: Sequence[Split], folder: str, encoder: str, report: Report) -> _Language | None:
-        known = DEFAULT_ENCODER if folder == "lang_annotations" else folder.removeprefix("lang_")
+        known = DEFAULT_ENCODER if folder == LANGUAGE else folder.removeprefix("lang_")
         table = cls(encoder or known, {}, [])
         for split in splits:
             for item in language_annotations(split, folder, report):

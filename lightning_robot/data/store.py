@@ -20,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class EpisodeStore:
         """
         if key in self._in_memory:
             return self._in_memory[key][rows].copy()
-        return self._array(key)[rows].astype(self.dtype(key), copy=False)
+        return self._decoded(key, lambda array: array[rows])
 
     def gather(self, key: str, rows: np.ndarray) -> np.ndarray:
         """Frames in any order, repeats allowed; each stored frame is decoded once.
@@ -172,13 +172,12 @@ class EpisodeStore:
         if not self.is_large(key):
             return self.whole(key)[rows]
         unique, inverse = np.unique(rows, return_inverse=True)
-        array = self._array(key)
-        return array.get_orthogonal_selection((unique,)).astype(self.dtype(key), copy=False)[inverse]
+        return self._decoded(key, lambda array: array.get_orthogonal_selection((unique,)))[inverse]
 
     def whole(self, key: str) -> np.ndarray:
         """(frames, ...): all frames, read once and kept in memory."""
         if key not in self._in_memory:
-            self._in_memory[key] = self._array(key)[:].astype(self.dtype(key), copy=False)
+            self._in_memory[key] = self._decoded(key, lambda array: array[:])
         return self._in_memory[key]
 
     @cached_property
@@ -244,6 +243,19 @@ class EpisodeStore:
             raise StoreError(f"{self.path} holds no {key}; it holds {', '.join(self.keys)}.")
         return self._arrays[key]
 
+    def _decoded(self, key: str, take: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """What `take` reads of an array, in the type that `dtype` tells."""
+        array = self._array(key)
+        try:
+            return take(array).astype(self.dtype(key), copy=False)
+        except (IndexError, MemoryError):  # the caller's fault, or the machine's
+            raise
+        except Exception as error:  # every codec has exceptions of its own
+            raise StoreError(
+                f"{self.path}: data/{array_name(key)} cannot be read ({type(error).__name__}: {error}): a file of it is damaged; "
+                "copy the store again, or delete it and convert or generate it anew."
+            ) from error
+
     def _meta(self, name: str) -> np.ndarray | None:
         meta = self._group["meta"]
         return np.asarray(meta[name][:]) if name in meta else None
@@ -270,7 +282,7 @@ class EpisodeStore:
             digest.update(f"{key} {self.shape(key)} {self.dtype(key)}".encode())
             if self.frame_bytes(key) >= LARGE_FRAME:
                 rows = np.unique(np.linspace(0, self.num_frames - 1, 16).astype(np.int64))
-                values = self._array(key).get_orthogonal_selection((rows,)).astype(self.dtype(key), copy=False)
+                values = self.gather(key, rows)
             else:
                 values = self.read(key, slice(None))
             digest.update(np.ascontiguousarray(values).tobytes())
@@ -544,7 +556,7 @@ def _refuse_missing(path: Path) -> None:
 
 
 def _check_lengths(path: Path, data: Any, ends: np.ndarray) -> None:
-    lengths = {f"data/{name}": array.shape[0] for name, array in sorted(data.arrays())}
+    lengths = {f"data/{name}": array.shape[0] if array.shape else 0 for name, array in sorted(data.arrays())}
     if len(ends) == 0 or not any(lengths.values()):
         raise StoreError(f"{path} is empty: it holds no episode. {_HOW}")
     if len(set(lengths.values()) | {int(ends[-1])}) > 1:

@@ -327,6 +327,8 @@ def test_one_split_folder_without_language(root, tmp_path):
 
 
 def test_missing_and_wrong_folders_say_what_to_do(tmp_path, root):
+    with pytest.raises(CalvinError, match=r"no split has a folder lang_none; there are: .*lang_annotations"):
+        convert(root, tmp_path / "s", language="lang_none")
     with pytest.raises(CalvinError, match=r"no such folder.*download_data\.sh.*lightning_robot generate"):
         convert(tmp_path / "nowhere", tmp_path / "s")
     with pytest.raises(CalvinError, match=r"holds no CALVIN recordings"):

@@ -222,6 +222,14 @@ def test_broken_stores_are_refused_with_a_remedy(tmp_path):
     del group["meta/episode_ends"]
     with pytest.raises(StoreError, match=r"incomplete: it has no meta/episode_ends.*interrupted"):
         EpisodeStore.open(path)
+    path, group = damaged("garbled")
+    next(file for file in (path / "data" / "action" / "c").rglob("*") if file.is_file()).write_bytes(b"x" * 100)
+    with pytest.raises(StoreError, match=r"data/action cannot be read .*damaged"):
+        EpisodeStore.open(path).read("action", slice(None))
+    path, group = damaged("no_frames")
+    group["data"].create_array("version", data=np.array(3))
+    with pytest.raises(StoreError, match="data/version 0"):
+        EpisodeStore.open(path)
     path, group = damaged("no_episodes")
     group["meta"].create_array("episode_ends", data=np.zeros(0, np.int64), overwrite=True)
     with pytest.raises(StoreError, match="is empty: it holds no episode"):
