@@ -113,9 +113,9 @@ def check_compatible(trained: Features, offered: Features, keys: tuple[str, ...]
         errors.append(f"action: trained on shape {trained.action.shape}, offered {offered.action.shape}.")
     elif trained.action.names and offered.action.names and trained.action.names != offered.action.names:
         errors.append(f"action: element names differ: trained on {trained.action.names}, offered {offered.action.names}.")
-    for index, (want, have) in enumerate(zip(_parts(trained), _parts(offered), strict=False)):
-        if want != have:
-            sentence = f"action semantics: trained on {want!r}, offered {have!r}"
+    for index, (wanted, given) in enumerate(zip(_parts(trained), _parts(offered), strict=False)):
+        if wanted != given:
+            sentence = f"action semantics: trained on {wanted!r}, offered {given!r}"
             if index == 1:
                 notes.append(f"{sentence} (recorded motion against command: expect a lag).")
             else:

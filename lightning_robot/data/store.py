@@ -252,7 +252,7 @@ class EpisodeStore:
             raise
         except Exception as error:  # every codec has exceptions of its own
             raise StoreError(
-                f"{self.path}: data/{array_name(key)} cannot be read ({type(error).__name__}: {error}): a file of it is damaged; "
+                f"{self.path}: data/{array_name(key)} cannot be read ({type(error).__name__}: {error}): a file is damaged; "
                 "copy the store again, or delete it and convert or generate it anew."
             ) from error
 

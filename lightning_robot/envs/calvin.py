@@ -25,6 +25,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
+from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, picture_size
 from lightning_robot.envs.play_table_model import SCENES
 from lightning_robot.envs.play_table_starts import known_task, sample_scene
 from lightning_robot.features import Features, calvin_features
@@ -114,7 +115,7 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             *(("observations", value, OBSERVATIONS) for value in observations),
             *(("camera_sizes", value, tuple(NATIVE_SIZES)) for value in camera_sizes or ()),
         ):
-            _among(name, value, choices)
+            among(name, value, choices)
         if folder is not None and not (Path(folder) / ".hydra" / "merged_config.yaml").is_file():
             raise ValueError(
                 f"{folder} has no .hydra/merged_config.yaml: name a split of a CALVIN data set, such as task_D_D/validation."
@@ -127,7 +128,7 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.observations = tuple(observations)
         self.renderer = "egl" if use_egl else "tiny"
         self.recipe = CloudRecipe.from_dict({"pixel_offset": PIXEL_OFFSETS[self.renderer], **(cloud or {})})
-        self.camera_sizes = {**NATIVE_SIZES, **{name: _size(size) for name, size in (camera_sizes or {}).items()}}
+        self.camera_sizes = {**NATIVE_SIZES, **{name: picture_size(size) for name, size in (camera_sizes or {}).items()}}
         self.check_oracle = check_oracle
         self._simulator: Any = None
         self._give_back: Any = None
@@ -203,9 +204,9 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         wants = []
         for key, feature in features.observations.items():
             kind, _, camera = key.removeprefix("observation.").partition(".")
-            _among(f"{key} of the policy", kind, OBSERVATIONS)
+            among(f"{key} of the policy", kind, OBSERVATIONS)
             if camera:
-                _among(f"{key} of the policy", camera, tuple(NATIVE_SIZES))
+                among(f"{key} of the policy", camera, tuple(NATIVE_SIZES))
                 self.camera_sizes[camera] = (feature.shape[-2], feature.shape[-1])
             wants.append(kind)
         self.observations = tuple(dict.fromkeys(wants))
@@ -258,8 +259,8 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if scene is None:
             scene = sample_scene(SCENES[self.scene], task, self.np_random)
         robot = options.get("robot_obs")
-        robot_obs = _vector("robot_obs", START if robot is None else robot, 15)
-        self._raw = _reset(self._open(), robot_obs, _vector("scene_obs", scene, 24))
+        robot_obs = finite_vector("robot_obs", START if robot is None else robot, 15)
+        self._raw = _reset(self._open(), robot_obs, finite_vector("scene_obs", scene, 24))
         self.begin_task(task)
         return self._observe(), {"task": task, "success": False, "failure": None}
 
@@ -325,8 +326,6 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._simulator = self._give_back = None
 
     def _checked(self, action: ArrayLike) -> NDArray[np.float64]:
-        from lightning_robot.envs.play_table import ActionOutOfBounds
-
         command = np.array(action, dtype=np.float64)  # a copy: old versions of the simulator scale their argument in place
         bound = 10.0 if self.relative else 2 * np.pi
         if command.shape != (7,) or not (np.abs(command) <= bound).all():
@@ -574,20 +573,3 @@ def _pose(camera: Any, robot_obs: NDArray[np.float64]) -> NDArray[np.float64]:
     if camera.name == "gripper":
         return calvin_gripper_pose(robot_obs)
     return look_at(camera.look_from, camera.look_at, camera.up_vector)
-
-
-def _among(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {value!r} is not among {', '.join(str(choice) for choice in choices)}.")
-
-
-def _size(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else (int(value) for value in size)
-    return height, width
-
-
-def _vector(name: str, values: ArrayLike, length: int) -> NDArray[np.float64]:
-    vector = np.array(values, dtype=np.float64)
-    if vector.shape != (length,) or not np.isfinite(vector).all():
-        raise ValueError(f"{name} has {length} finite numbers; got shape {vector.shape}.")
-    return vector

@@ -21,6 +21,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
+from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, picture_size
 from lightning_robot.envs.panda import FINGER_OPEN, PandaKinematics
 from lightning_robot.envs.play_table_experts import Expert
 from lightning_robot.envs.play_table_model import LIGHT_COLORS, POSITION_UNIT, ROTATION_UNIT, SCENES, play_table_xml
@@ -61,10 +62,6 @@ _NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 _RELATIVE_BOUND = np.array([10.0] * 7)
 _ABSOLUTE_LOW = np.array([-1.3, -1.4, 0.0, -2 * math.pi, -2 * math.pi, -2 * math.pi, -1.0])
 _ABSOLUTE_HIGH = np.array([1.3, 1.3, 1.5, 2 * math.pi, 2 * math.pi, 2 * math.pi, 1.0])
-
-
-class ActionOutOfBounds(ValueError):
-    """An action that is not finite, has another shape, or is far outside the range that actions have."""
 
 
 class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
@@ -110,12 +107,12 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         render_mode: str | None = None,
         renderer: str = "rays",
     ) -> None:
-        _among("scene", scene, SCENES)
-        _among("actions", actions, ("relative", "absolute"))
-        _among("renderer", renderer, ("rays", "opengl"))
-        _among("render_mode", render_mode, (None, *self.metadata["render_modes"]))
+        among("scene", scene, SCENES)
+        among("actions", actions, ("relative", "absolute"))
+        among("renderer", renderer, ("rays", "opengl"))
+        among("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         for name in observations:
-            _among("observations", name, OBSERVATIONS)
+            among("observations", name, OBSERVATIONS)
         if task is not None and tasks is not None:
             raise ValueError("Give task or tasks, not both.")
         if isinstance(tasks, str):
@@ -127,9 +124,9 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.relative = actions == "relative"
         self.observations = tuple(observations)
         self.recipe = CloudRecipe.from_dict(cloud or {})
-        self.camera_sizes = {name: _size(size) for name, size in (camera_sizes or {"static": 84, "gripper": 84}).items()}
+        self.camera_sizes = {name: picture_size(size) for name, size in (camera_sizes or {"static": 84, "gripper": 84}).items()}
         for name in (*self.camera_sizes, *self.recipe.cameras):
-            _among("camera_sizes" if name in self.camera_sizes else "cloud cameras", name, FAR)
+            among("camera_sizes" if name in self.camera_sizes else "cloud cameras", name, FAR)
 
         self._scene = SCENES[scene]
         self._xml = play_table_xml(self._scene)
@@ -225,9 +222,9 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         wants: list[str] = []
         for key, feature in features.observations.items():
             kind, _, camera = key.removeprefix("observation.").partition(".")
-            _among(f"{key} of the policy", kind, OBSERVATIONS)
+            among(f"{key} of the policy", kind, OBSERVATIONS)
             if camera:
-                _among(f"{key} of the policy", camera, FAR)
+                among(f"{key} of the policy", camera, FAR)
                 self.camera_sizes[camera] = (feature.shape[-2], feature.shape[-1])
             if kind not in wants:
                 wants.append(kind)
@@ -285,11 +282,11 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             joints = self._arm.inverse(position, euler, self._arm.rest, iterations=60)
             self._place_robot(joints, 2 * FINGER_OPEN, 1.0)
         else:
-            robot = _vector("robot_obs", robot, 15)
+            robot = finite_vector("robot_obs", robot, 15)
             self._place_robot(robot[7:14], float(robot[6]), 1.0 if robot[14] > 0 else -1.0)
         if scene is None:
             scene = sample_scene(self._scene, self._task, self.np_random)
-        self._place_scene(_vector("scene_obs", scene, 24))
+        self._place_scene(finite_vector("scene_obs", scene, 24))
         mujoco.mj_step(self._model, self._data)
         mujoco.mj_forward(self._model, self._data)  # contacts of a block that was placed exactly on a surface
         self._arm.forward(self._data.qpos[self._arm_qpos])
@@ -611,25 +608,6 @@ _ROBOT_LINKS = {f"arm_{index}": index - 1 for index in range(8)} | {
     "pad_2": 12,
 }
 """CALVIN's link number of each of the robot's geoms."""
-
-
-def _among(name: str, value: Any, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {value!r} is not among {', '.join(str(choice) for choice in choices)}.")
-
-
-def _size(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else (int(value) for value in size)
-    if min(height, width) < 1:
-        raise ValueError(f"camera_sizes: a picture of {height} x {width} pixels.")
-    return height, width
-
-
-def _vector(name: str, values: ArrayLike, length: int) -> Array:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.shape != (length,) or not np.isfinite(vector).all():
-        raise ValueError(f"{name} has {length} finite numbers; got shape {vector.shape}.")
-    return vector
 
 
 def _range(indices: list[int]) -> slice:

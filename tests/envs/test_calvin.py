@@ -13,7 +13,8 @@ import pytest
 from lightning_robot.envs import calvin, make_environment
 from lightning_robot.envs.calvin import START, Calvin, MissingCalvin, convert_info
 from lightning_robot.envs.calvin_tasks import BLOCK_FREE_TASKS, SENTENCES, TASKS
-from lightning_robot.envs.play_table import ActionOutOfBounds, PlayTable
+from lightning_robot.envs.checks import ActionOutOfBounds
+from lightning_robot.envs.play_table import PlayTable
 from lightning_robot.features import check_compatible
 
 REAL = importlib.util.find_spec("calvin_env") is not None

@@ -13,8 +13,9 @@ from gymnasium.utils.env_checker import check_env
 import lightning_robot.envs
 from lightning_robot.envs import calvin_tasks, opengl
 from lightning_robot.envs.calvin_tasks import BLOCK_FREE_TASKS, TASKS
+from lightning_robot.envs.checks import ActionOutOfBounds
 from lightning_robot.envs.panda import REST
-from lightning_robot.envs.play_table import OBSERVATIONS, ActionOutOfBounds, PlayTable
+from lightning_robot.envs.play_table import OBSERVATIONS, PlayTable
 from lightning_robot.envs.play_table_model import SCENES
 from lightning_robot.features import calvin_features, check_compatible
 from lightning_robot.geometry import calvin_gripper_pose
@@ -69,6 +70,7 @@ def test_registered_by_import():
         ({"actions": "joint"}, "relative, absolute"),
         ({"cloud": {"point": 3}}, "no point"),
         ({"camera_sizes": {"front": 84}}, "'front' is not among static, gripper"),
+        ({"camera_sizes": {"static": (84, 84, 3)}}, "pixels of a square, or height and width"),
         ({"tasks": "open_drawer"}, "write task='open_drawer'"),
         ({"max_steps": 0}, "at least one step"),
     ],

@@ -1,0 +1,43 @@
+"""Checks of what is passed to the environments that follow CALVIN's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class ActionOutOfBounds(ValueError):
+    """An action that is not finite, has another shape, or is far outside the range that actions have."""
+
+
+def among(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError with all choices if the value is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is not among {', '.join(str(choice) for choice in choices)}.")
+
+
+def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels from a pair, or from one number for a square.
+
+    Raises:
+        ValueError: neither, or a picture without pixels.
+    """
+    sides = np.atleast_1d(size).tolist()
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError(f"camera_sizes: {size}; give pixels of a square, or height and width.")
+    return int(sides[0]), int(sides[-1])
+
+
+def finite_vector(name: str, values: ArrayLike, length: int) -> NDArray[np.float64]:
+    """A copy of the values, (length,).
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite.
+    """
+    vector = np.array(values, dtype=np.float64)
+    if vector.shape != (length,) or not np.isfinite(vector).all():
+        raise ValueError(f"{name} has {length} finite numbers; got shape {vector.shape}.")
+    return vector
