@@ -138,7 +138,9 @@ class CalvinSettings:
                 name: sizes[name] for name, kept in (("static", self.depth), ("gripper", self.gripper_depth)) if kept
             },
             environment_state=self.scene_obs,
-            source=source,
+            # The pictures that clouds come from: a simulator that follows them offers clouds of the same density.
+            source=source
+            | {"cameras": ", ".join(f"{name} {item.height}x{item.width}" for name, item in sorted(CAMERAS.items()))},
         )
 
     def to_dict(self) -> dict[str, Any]:

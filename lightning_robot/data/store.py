@@ -118,6 +118,8 @@ class EpisodeStore:
                 "the command that wrote it again (convert and generate continue where they were), or delete it."
             )
         _check_lengths(path, groups["data"], np.asarray(groups["meta"]["episode_ends"][:]))
+        if group.attrs.get("complete") and path.is_dir():
+            _check_shards(path, groups["data"])
         return cls(path, group)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -513,6 +515,7 @@ class StoreWriter:
                 dtype=dtype,
                 chunks=(settings["cloud_chunk"] if large else self.shard_frames, *shape),
                 shards=(self.shard_frames, *shape),
+                config={"write_empty_chunks": True},  # so that a file that is not there is a loss
                 compressors=BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
             )
         partial = noted.with_suffix(".tmp")
@@ -553,6 +556,17 @@ def _refuse_missing(path: Path) -> None:
             "again to continue."
         )
     raise StoreError(f"There is no store at {path}. {_HOW}")
+
+
+def _check_shards(path: Path, data: Any) -> None:
+    """Refuses a store of ours that lost files, in a copy for example: Zarr reads what is missing as zeros."""
+    for name, array in data.arrays():
+        wanted = math.prod(math.ceil(size / shard) for size, shard in zip(array.shape, array.shards or array.chunks))
+        files = [file for file in (path / "data" / name / "c").rglob("*") if file.is_file()]
+        empty = [str(file.relative_to(path)) for file in files if file.stat().st_size == 0]
+        if len(files) < wanted or empty:
+            what = f"{empty[0]} is empty" if empty else f"{wanted - len(files)} of {wanted} files of data/{name} are missing"
+            raise StoreError(f"{path} is damaged: {what}. Copy it again, or delete it and write it anew.")
 
 
 def _check_lengths(path: Path, data: Any, ends: np.ndarray) -> None:

@@ -265,3 +265,12 @@ def test_floating_point_comes_as_float32(tmp_path):
     store = EpisodeStore.open(tmp_path / "f64.zarr")
     assert store.read("observation.state", slice(0, 2)).dtype == np.float32
     assert store.gather("action", np.array([1])).dtype == np.float32
+
+
+@pytest.mark.parametrize(("harm", "message"), [("unlink", "files of data/action are missing"), ("truncate", "is empty")])
+def test_a_store_that_lost_a_file_is_refused(tmp_path, harm, message):
+    path = write(tmp_path / "a.zarr").path
+    file = next(item for item in (path / "data" / "action" / "c").rglob("*") if item.is_file())
+    file.unlink() if harm == "unlink" else file.write_bytes(b"")
+    with pytest.raises(StoreError, match=message):
+        EpisodeStore.open(path)
