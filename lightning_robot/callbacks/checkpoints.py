@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_robot.console import say
 
@@ -114,8 +114,23 @@ class Checkpoints(Checkpoint):
                 f"checkpoints.monitor is {self.monitor}, but no simulation runs (evaluation.episodes is 0). Switch it on, or "
                 "set checkpoints.monitor: val/loss."
             )
+        elif self.monitor.startswith("val/success/") and self.monitor[12:] not in self._evaluation.played_tasks:
+            played = ", ".join(self._evaluation.played_tasks)
+            raise ValueError(f"checkpoints.monitor is {self.monitor}, a task that simulation does not play; it plays {played}.")
         if self.mode is None:
             self.mode = "max" if "success" in self.monitor else "min"
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.monitor is not None
+        if self.monitor.startswith("val/") and not self.monitor.startswith("val/success"):
+            self._require_metric(trainer)
+
+    def _require_metric(self, trainer: Trainer) -> None:
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise MisconfigurationException(
+                f"checkpoints.monitor is {self.monitor!r}, which nothing logs. Logged are: {', '.join(sorted(metrics))}."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
@@ -150,11 +165,8 @@ class Checkpoints(Checkpoint):
             and not self._evaluation.evaluated_this_epoch
         ):
             return  # the logged value is of an earlier epoch
+        self._require_metric(trainer)
         metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            raise KeyError(
-                f"checkpoints.monitor is {self.monitor!r}, which nothing logs. Logged are: {', '.join(sorted(metrics))}."
-            )
         score = float(metrics[self.monitor])
         tie = float(metrics[self.tie_break]) if self.tie_break in metrics else math.inf
         entry: dict[str, Any] = {
@@ -199,11 +211,13 @@ class Checkpoints(Checkpoint):
             progress.completed % trainer.accumulate_grad_batches and progress.completed < trainer.num_training_batches
         )
         between = progress.processed == progress.completed  # else the step's last hooks failed
-        sound = between and not self._updating and not accumulating and not isinstance(exception, NoCheckpointNow)
+        sound = between and not self._updating and not accumulating
         if trainer.global_step == 0:
             return
         if isinstance(exception, SIGTERMException | KeyboardInterrupt) or trainer.world_size == 1:
-            if sound:
+            if isinstance(exception, NoCheckpointNow):
+                say(self._kept())
+            elif sound:
                 try:
                     self._save_last(trainer, interrupted=True)
                 except NoCheckpointNow as error:
@@ -262,16 +276,16 @@ class Checkpoints(Checkpoint):
                 "it where it is made (paths and numpy numbers to str and float)."
             )
         path = self.directory / name
+        self._failure = None
         try:
             trainer.strategy.save_checkpoint(checkpoint, path)
-            self._failure = None
         except (OSError, RuntimeError) as failure:
             self._failure = failure
             say(f"WARNING: {path} could not be written: {failure}. Training goes on; {self._kept()}")
+        if not interrupted and trainer.world_size > 1:  # only the first rank writes; the ranking goes on alike on all
+            self._failure = trainer.strategy.broadcast(self._failure)
+        if self._failure is not None:
             return False
-        finally:
-            if not interrupted:
-                trainer.strategy.barrier("checkpoint")
         if not self._checked and trainer.is_global_zero:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         self._checked = True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_robot.callbacks import checkpoints as module
 from lightning_robot.callbacks.checkpoints import Checkpoints, foreign_object, read_checkpoint
@@ -113,8 +114,16 @@ def test_untrained_weights_are_kept_where_asked(tmp_path):
 
 
 def test_an_unknown_metric_is_named_with_those_there_are(tmp_path):
-    with pytest.raises(KeyError, match=r"val/sucess.*Logged are: .*val/loss"):
+    with pytest.raises(MisconfigurationException, match=r"val/sucess.*Logged are: .*val/loss"):
         _fit(tmp_path, Checkpoints(monitor="val/sucess_rate"))
+    before = TinyPolicy()
+    with pytest.raises(MisconfigurationException, match=r"val/lss.*Logged are: .*val/loss"):
+        _fit(tmp_path, Checkpoints(monitor="val/lss"), policy=before, num_sanity_val_steps=1)
+    assert before.trainer.global_step == 0  # nothing was spent
+    scores = _Scores([0.5] * 2, [1.0] * 2)
+    scores.played_tasks = ["near"]
+    with pytest.raises(ValueError, match="val/success/far, a task that simulation does not play; it plays near"):
+        _fit(tmp_path / "task", Checkpoints(monitor="val/success/far"), scores)
     with pytest.raises(ValueError, match="no simulation runs"):
         _fit(tmp_path / "off", Checkpoints(monitor="val/success"))
 
@@ -169,6 +178,23 @@ def test_a_last_save_that_fails_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module.torch, "save", failing)
     with pytest.raises(RuntimeError, match="Disk quota exceeded"):
         _fit(tmp_path, Checkpoints())
+
+
+def test_ranks_agree_on_the_best_when_the_first_could_not_write(tmp_path, monkeypatch):
+    """Only the first rank writes: the others must hear that it failed, or they would go on with another best."""
+    keeper = Checkpoints()
+    trainer = tiny_trainer(tmp_path, keeper, max_epochs=1)
+    trainer.fit(TinyPolicy(), datamodule=TinyData())
+    told = []
+
+    def broadcast(value):
+        told.append(value)
+        return OSError(errno.ENOSPC, "No space left on rank 0")
+
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    monkeypatch.setattr(trainer.strategy, "broadcast", broadcast)
+    assert keeper._save(trainer, "best.ckpt", optimizer=False) is False
+    assert told == [None]
 
 
 def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
