@@ -6,8 +6,8 @@ import sys
 
 TRAINER_COMMANDS = {
     "fit": "train a policy, with validation and simulation",
-    "validate": "loss and simulated success of a checkpoint on the validation data",
-    "test": "the same on the test data",
+    "validate": "loss of a checkpoint on the validation data, and its success in simulation",
+    "test": "loss of a checkpoint on the test data",
     "predict": "action chunks for a dataset",
 }
 COMMANDS = {

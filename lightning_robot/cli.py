@@ -8,9 +8,9 @@ import re
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,21 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_robot.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from lightning_robot.callbacks.compile import Compile
 from lightning_robot.callbacks.ema import EMA
 from lightning_robot.callbacks.evaluation import SimulationEvaluation
 from lightning_robot.callbacks.guards import DiskFullError, Guards, NonFiniteError
-from lightning_robot.callbacks.initial_weights import InitialWeights, require_class
+from lightning_robot.callbacks.initial_weights import InitialWeights, class_path_of, require_class
 from lightning_robot.callbacks.metrics_file import MetricsFile
 from lightning_robot.callbacks.progress import PlainProgress, silence_tips
 from lightning_robot.callbacks.run_directory import HANDED_OVER, RunDirectory, find_run, name_run
 from lightning_robot.callbacks.signals import StopSignals
 from lightning_robot.callbacks.step_seeds import StepSeeds
 from lightning_robot.callbacks.throughput import Throughput
-from lightning_robot.console import say
+from lightning_robot.console import is_first_process, say
 from lightning_robot.data.store import StoreError
 from lightning_robot.features import IncompatibleFeatures
 
@@ -177,7 +177,8 @@ class CommandLine(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with self.signals.watching(self.trainer):
+                super()._run_subcommand(subcommand)
         except SIGTERMException as error:
             raise Stopped(self.signals.received or signal.SIGTERM, self.run_path) from error
 
@@ -200,18 +201,33 @@ class CommandLine(LightningCLI):
         make_absolute(config)
         if self.subcommand != "fit":
             config["ckpt_path"] = resolve_checkpoint(config.ckpt_path, config.run.root)
+            if config.ckpt_path is None:
+                raise CommandLineError(
+                    f"{self.subcommand} needs weights: --ckpt_path with a checkpoint file, a run directory (its best), or "
+                    "best or last of the newest run."
+                )
             return
         if self.resumed is not None:
             self.run_path = self.resumed
             return
-        if config.init_from is not None:
-            checkpoint = read_checkpoint(config.init_from)
-            if checkpoint.get("class_path") != config.model.class_path:
-                raise CommandLineError(
-                    f"--init_from {config.init_from} is a checkpoint of {checkpoint.get('class_path', 'an unknown class')}; "
-                    f"the configuration names {config.model.class_path}."
-                )
-        self.run_path = name_run(config.run.root, config.run.experiment, int(config.seed_everything))
+        if config.resume is not None:
+            raise CommandLineError(
+                f"A configuration cannot ask to resume ({config.resume}): a run is taken up with its own settings, by fit "
+                "--resume alone."
+            )
+        try:
+            if config.init_from is not None:
+                config["init_from"] = resolve_checkpoint(config.init_from, config.run.root)
+                require_class(read_checkpoint(config.init_from), config.model.class_path, config.init_from)
+            self.run_path = name_run(config.run.root, config.run.experiment, int(config.seed_everything))
+        except ValueError as error:
+            raise CommandLineError(str(error)) from error
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # a constructor refuses a setting
+            raise CommandLineError(str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         settings = self.config[self.subcommand]
@@ -268,9 +284,9 @@ class CommandLine(LightningCLI):
             arguments["ckpt_path"] = str(self.resumed / "checkpoints" / "last.ckpt")
         if arguments.get("ckpt_path"):
             path = arguments["ckpt_path"]
-            checkpoint = read_checkpoint(path)
             try:
-                require_class(checkpoint, self.model, path)
+                checkpoint = read_checkpoint(path)
+                require_class(checkpoint, class_path_of(self.model), path)
             except ValueError as error:
                 raise CommandLineError(str(error)) from error
             adopt_features(self.model, checkpoint)
@@ -286,9 +302,9 @@ def adopt_features(model: LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def resolve_checkpoint(name: str | None, root: str) -> str | None:
-    """Finds the checkpoint that `--ckpt_path` means.
+    """Finds the checkpoint that `--ckpt_path` or `--init_from` means.
 
-    A file, a run directory (its best), or ``best`` or ``last`` of the newest run.
+    A file, a run directory (its best), or ``best`` or ``last`` of the newest run; without links, since ``latest`` moves on.
 
     Raises:
         FileNotFoundError: names where was looked.
@@ -301,6 +317,7 @@ def resolve_checkpoint(name: str | None, root: str) -> str | None:
         path = Path(name).expanduser().absolute()
         if path.is_dir():
             path = path / "checkpoints" / "best.ckpt"
+    path = path.resolve()
     if not path.is_file():
         beside = sorted(str(item) for item in path.parent.glob("*.ckpt"))
         raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
@@ -322,8 +339,6 @@ def make_absolute(config: Any) -> None:
         if isinstance(value, str) and (key == "store" or Path(value).expanduser().exists()):
             arguments[key] = str(Path(value).expanduser().absolute())
     config["run"]["root"] = str(Path(config["run"]["root"]).expanduser().absolute())
-    if config.get("init_from"):
-        config["init_from"] = str(Path(config["init_from"]).expanduser().absolute())
 
 
 def resumed_arguments(argv: list[str]) -> tuple[list[str], Path | None]:
@@ -365,7 +380,7 @@ def resumed_arguments(argv: list[str]) -> tuple[list[str], Path | None]:
             next(items, None)
         elif flag in RESUME_MAY_SET:
             kept += [item] if equals else [item, next(items, "")]
-        elif flag.startswith("-"):
+        elif flag.startswith("-") or not refused:  # what follows a refused flag is its value
             refused.append(flag)
     if refused:
         raise CommandLineError(
@@ -385,7 +400,10 @@ def with_the_runs_settings(argv: list[str]) -> list[str]:
     name = argv[place].partition("=")[2] or "".join(argv[place + 1 : place + 2])
     if not name:
         return argv  # the parser says what is missing
-    root = next((value for flag, value in pairwise(argv) if flag == "--run.root"), "runs")
+    root = "runs"
+    for flag, item, following in zip(flags, argv, [*argv[1:], ""], strict=True):
+        if flag == "--run.root":
+            root = item.partition("=")[2] or following
     config = Path(resolve_checkpoint(name, root) or "").parent.parent / "config.yaml"
     return [argv[0], "--config", str(config), *argv[1:]] if config.is_file() else argv
 
@@ -420,9 +438,12 @@ def main(argv: list[str]) -> int:
     except (CommandLineError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (IncompatibleFeatures, StoreError, NonFiniteError, DiskFullError) as error:
+    except (IncompatibleFeatures, StoreError, NonFiniteError, DiskFullError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        os.environ.pop(HANDED_OVER, None)
+        run = os.environ.pop(HANDED_OVER, None)
+        if run is not None and is_first_process():
+            with suppress(OSError):  # goes only where it is empty: the run never began
+                os.rmdir(run)
     return 0

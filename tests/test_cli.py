@@ -1,6 +1,7 @@
 """fit, validate, test and predict: a wrong word costs nothing, a run has all its parts, a checkpoint changes no setting."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -169,11 +170,19 @@ def test_resume_finds_nothing(tmp_path, capsys):
     assert "leave --resume out" in message
 
 
+def test_a_configuration_that_asks_to_resume_does_not_start_afresh(config, tmp_path, capsys):
+    config.write_text(config.read_text() + "resume: latest\n")
+    assert main(["fit", "--config", str(config), "--run.root", str(tmp_path / "runs")]) == 2
+    assert "fit --resume alone" in capsys.readouterr().err
+
+
 def test_resume_takes_no_new_settings(run, capsys):
     assert main(["fit", "--resume", str(run), "--model.learning_rate", "0.5", "--trainer.devices", "1"]) == 2
     message = capsys.readouterr().err
     assert "--model.learning_rate would change them" in message
     assert "--init_from" in message
+    assert main(["fit", "--resume", str(run), "stray"]) == 2
+    assert "stray would change them" in capsys.readouterr().err
 
 
 def test_a_finished_run_resumes_to_its_end(run):
@@ -192,7 +201,57 @@ def test_a_new_run_starts_from_a_checkpoint_and_keeps_its_own_settings(run, conf
     assert saved["global_step"] == 6
     assert json.loads((tmp_path / "runs" / "latest" / "run.json").read_text())["init_from"] == str(checkpoint)
     assert main(["fit", "--config", _edited(config, "TinyPolicy", "OtherPolicy"), *options]) == 2
-    assert "is a checkpoint of tiny_run.TinyPolicy; the configuration names tiny_run.OtherPolicy" in capsys.readouterr().err
+    assert "is a checkpoint of tiny_run.TinyPolicy; the model here is tiny_run.OtherPolicy" in capsys.readouterr().err
+
+
+def test_the_latest_run_can_be_started_from(run, config, capsys):
+    """The link moves to the new run before the weights are read."""
+    root = config.parent / "runs"
+    assert main(["fit", "--config", str(config), "--run.root", str(root), "--trainer.max_epochs=1"]) == 0
+    first = (root / "latest").resolve()
+    for name in (root / "latest", root / "latest" / "checkpoints" / "last.ckpt", "best"):
+        options = ["--run.root", str(root), "--init_from", str(name), "--trainer.max_epochs=1"]
+        assert main(["fit", "--config", str(config), *options]) == 0
+        record = json.loads((root / "latest" / "run.json").read_text())
+        if name != "best":
+            assert record["init_from"].startswith(str(first))
+        first = (root / "latest").resolve()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run.experiment", "../x"], "it names a folder"),
+        (["--run.root", "/proc/nowhere"], "No run directory can be made in /proc/nowhere"),
+        (["--init_from", "config.yaml"], "no checkpoint that can be read safely"),
+        (["--evaluation.every_n_epochs=0"], "evaluation.every_n_epochs must be at least 1"),
+        (["--checkpoints.top_k=-1"], "top_k at least 0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_leaves_no_run(options, message, config, monkeypatch, capsys):
+    monkeypatch.chdir(config.parent)
+    assert main(["fit", "--config", str(config), *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert not list(config.parent.glob("runs/*/*"))
+
+
+def test_a_trial_of_one_batch_is_not_the_latest_run(run, config):
+    root = run.parents[1]
+    before = {path.name for path in run.parent.iterdir()}
+    assert main(["fit", "--config", str(config), "--run.root", str(root), "--trainer.fast_dev_run=true"]) == 0
+    assert (root / "latest").resolve() == run
+    for path in run.parent.iterdir():
+        if path.name not in before:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_untrained_weights_are_not_judged(subcommand, config, capsys):
+    assert main([subcommand, "--config", str(config)]) == 2
+    assert f"{subcommand} needs weights: --ckpt_path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
@@ -218,6 +277,8 @@ def test_checkpoints_are_judged_with_the_command_lines_settings(subcommand, name
 def test_a_checkpoint_alone_brings_its_runs_settings(run, capsys):
     assert main(["validate", "--ckpt_path", str(run)]) == 0
     assert "val/loss" in capsys.readouterr().out
+    for root in (["--run.root", str(run.parents[1])], [f"--run.root={run.parents[1]}"]):
+        assert main(["validate", "--ckpt_path=best", *root]) == 0
 
 
 def test_a_missing_or_foreign_checkpoint_is_an_error(run, config, tmp_path, capsys):

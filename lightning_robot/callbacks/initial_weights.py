@@ -27,7 +27,7 @@ class InitialWeights(Callback):
         if self.path is None or trainer.ckpt_path is not None:
             return
         checkpoint = read_checkpoint(self.path)
-        require_class(checkpoint, pl_module, self.path)
+        require_class(checkpoint, class_path_of(pl_module), self.path)
         trained, offered = checkpoint.get("hyper_parameters", {}).get("features"), getattr(pl_module, "features", None)
         if trained and isinstance(offered, Features):
             for note in check_compatible(Features.from_dict(trained), offered):
@@ -39,13 +39,17 @@ class InitialWeights(Callback):
         say(f"Starting from the {which} weights of {self.path} (step {checkpoint['global_step']}), its normaliser included.")
 
 
-def require_class(checkpoint: dict[str, Any], pl_module: LightningModule, path: str) -> None:
+def class_path_of(pl_module: LightningModule) -> str:
+    """The module's class as configurations and checkpoints name it."""
+    return f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
+
+
+def require_class(checkpoint: dict[str, Any], class_path: str, path: str) -> None:
     """Refuses a checkpoint of another policy.
 
     Raises:
         ValueError: names both classes.
     """
-    own = f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
     theirs = checkpoint.get("class_path")
-    if theirs != own:
-        raise ValueError(f"{path} is a checkpoint of {theirs or 'an unknown class'}; the model here is {own}.")
+    if theirs != class_path:
+        raise ValueError(f"{path} is a checkpoint of {theirs or 'an unknown class'}; the model here is {class_path}.")

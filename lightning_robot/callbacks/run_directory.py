@@ -71,8 +71,9 @@ class RunDirectory(Callback):
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.resumed:
             _write(self.path / "config.yaml", self.config_text)
-        for folder in (self.path.parent.parent, self.path.parent):
-            _link(folder / "latest", self.path)
+        if not trainer.fast_dev_run:  # such a run leaves nothing to go on from
+            for folder in (self.path.parent.parent, self.path.parent):
+                _link(folder / "latest", self.path)
         say(f"Run directory: {self.path}")
         self._record(trainer, describe_run(trainer, self.seed, self.init_from))
 
@@ -128,6 +129,8 @@ def name_run(root: str | Path, experiment: str, seed: int) -> Path:
         except FileExistsError:
             number += 1
             path = base.with_name(f"{base.name}_{number}")
+        except OSError as error:
+            raise ValueError(f"No run directory can be made in {root} ({error}): set run.root.") from error
     os.environ[HANDED_OVER] = str(path)
     return path
 

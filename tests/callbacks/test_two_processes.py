@@ -29,6 +29,17 @@ def _fit(*options: str) -> int:
 
 
 @pytest.mark.slow
+def test_a_stop_before_training_leaves_no_process(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    root = ["--config", str(tmp_path / "config.yaml"), "--run.root", str(tmp_path / "runs")]
+    at = ["--trainer.callbacks+=tiny_run.At", "--trainer.callbacks.step=0", "--trainer.callbacks.what=starting"]
+    assert _fit(*root, *at) == 143
+    (name,) = (tmp_path / "runs").glob("*/*/other_process")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(name.read_text()), 0)
+
+
+@pytest.mark.slow
 def test_two_processes_stop_together_and_continue_as_one_run(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     root = ["--config", str(tmp_path / "config.yaml"), "--run.root", str(tmp_path / "runs")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -191,14 +193,26 @@ class At(Callback):
 
     Args:
         step: after which optimizer step.
-        what: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``fail`` (an exception), or ``validating`` (SIGTERM in the validation).
+        what: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``fail`` (an exception), ``validating`` (SIGTERM in the validation), or
+            ``starting`` (SIGTERM to the first process before training, while the others are busy).
     """
 
     def __init__(self, step: int, what: str) -> None:
         self.step, self.what = step, what
 
+    def setup(self, trainer, pl_module, stage) -> None:
+        if self.what == "starting":
+            name = Path(trainer.default_root_dir) / "other_process"
+            if trainer.global_rank > 0:
+                name.with_suffix(".aside").write_text(str(os.getpid()))
+                name.with_suffix(".aside").rename(name)
+                time.sleep(100)
+            while not name.exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == self.step and self.what != "validating":
+        if trainer.global_step == self.step and self.what in ("kill", "term", "fail"):
             if self.what == "fail":
                 raise RuntimeError("as asked")
             os.kill(os.getpid(), signal.SIGKILL if self.what == "kill" else signal.SIGTERM)
