@@ -5,6 +5,7 @@ Importing the package costs nothing: torch and lightning are imported by the mod
 
 import importlib.abc
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,7 +19,7 @@ class _TorchvisionGuard(importlib.abc.MetaPathFinder):
     of torch.
     """
 
-    library = None  # kept alive: torch forgets the schemas with the object
+    library: Any = None  # kept alive: torch forgets the schemas with the object
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "torchvision":

@@ -372,7 +372,8 @@ def resumed_arguments(argv: list[str]) -> tuple[list[str], Path | None]:
     if not name:
         raise CommandLineError("--resume needs a run directory, or 'latest'.")
     run = find_run(name, Path(root) / experiment if experiment and name == "latest" else root)
-    kept, refused = [], []
+    kept: list[str] = []
+    refused: list[str] = []
     items = iter(rest)
     for item in items:
         flag, equals, value = item.partition("=")

@@ -95,18 +95,18 @@ class ConditionalUnet(nn.Module):
         for level in self.down:
             x = level(x, remaining)
             skips.append(x)
-            x = level.resample(x)
+            x = level.resample(x)  # type: ignore[operator]
         for block in self.middle:
             x = block(x, next(remaining))
         for level in self.up:
             x = _join_channels(x, skips.pop())
-            x = level.resample(level(x, remaining))
+            x = level.resample(level(x, remaining))  # type: ignore[operator]
         return self.output(self.final(x)).transpose(1, 2)
 
     def residual_blocks(self) -> list[ResidualBlock]:
         """All blocks that are modulated, in the order in which `forward` passes them."""
         levels = [*(level.blocks for level in self.down), self.middle, *(level.blocks for level in self.up)]
-        return [block for blocks in levels for block in blocks]
+        return [block for blocks in levels for block in blocks]  # type: ignore[union-attr]
 
     def modulations(self, timesteps: Tensor, condition: Tensor) -> list[Tensor]:
         """Scales and shifts of all residual blocks, as in training.

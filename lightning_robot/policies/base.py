@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_robot.console import say
 from lightning_robot.features import Features, check_compatible
@@ -185,6 +188,7 @@ class ImitationPolicy(Policy, LightningModule):
         self.build()
         if fresh:
             needed = tuple(key for key, mode in self.normalization.items() if mode != "identity")
+            assert data is not None
             names = {key: feature.names for key, feature in self.features.observations.items()}
             names["action"] = self.features.action.names
             self.normalizer = Normalizer(self.select_statistics(data.statistics(needed)), self.normalization, names)
@@ -203,10 +207,23 @@ class ImitationPolicy(Policy, LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self.predict_action_chunk(batch, noise_seeds=self.window_seeds(batch))
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            # Lightning refuses fused optimizers in every mixed precision, though without a scaler (bf16) nothing is scaled.
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def _logged_loss(self, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> Tensor:
         loss, parts = self.compute_loss(batch)
         values = {f"{stage}/loss": loss.detach()} | {f"{stage}/{name}": part for name, part in parts.items()}
-        self.log_dict(values, batch_size=len(batch["action"]), on_step=stage == "train", sync_dist=stage != "train")
+        # Times the ranks: the mean over them, rows / ranks, stays a whole number. Lightning cuts off what is behind the point.
+        rows = len(batch["action"]) * self.trainer.world_size
+        self.log_dict(values, batch_size=rows, on_step=stage == "train", sync_dist=stage != "train")
         return loss
 
     def window_seeds(self, batch: dict[str, Any]) -> Tensor:
@@ -274,7 +291,7 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
         raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values, or is damaged: it was not loaded. Checkpoints of the original "
             "DP3 load with lightning_robot.policies.original_dp3.load_original_dp3(path)."
@@ -286,11 +303,17 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
             "lightning_robot.policies.original_dp3.load_original_dp3(path)."
         )
     module, _, name = checkpoint["class_path"].rpartition(".")
-    policy_class = getattr(import_module(module), name)
+    try:
+        policy_class = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is of the policy {checkpoint['class_path']}, which cannot be imported here ({error}). Install what holds "
+            "it, or put its folder on PYTHONPATH."
+        ) from error
     if not (isinstance(policy_class, type) and issubclass(policy_class, Policy)):
         raise ValueError(f"{path} names the class {checkpoint['class_path']}, which is no policy.")
     arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
-    policy = policy_class(**arguments)
+    policy: Any = policy_class(**arguments)
     policy.configure_model()
     state = dict(checkpoint["state_dict"])
     averaged = checkpoint.get("ema_state_dict")

@@ -287,7 +287,7 @@ class DP3(ImitationPolicy):
             betas=tuple(options["betas"]),
             eps=options["epsilon"],
             weight_decay=options["weight_decay"],
-            fused=True,
+            fused=getattr(self.trainer.precision_plugin, "scaler", None) is None,  # fp16's scaler forbids clipping with it
         )
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):

@@ -301,6 +301,25 @@ def test_a_warm_up_longer_than_half_the_run_is_shortened(capsys):
     assert "Warm-up shortened from 500 to 1 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-5)])
+def test_gradients_can_be_clipped_in_every_precision(precision, algorithm, limit):
+    seen = []
+
+    class Watching(RecordingDP3):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            gradients = torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+            seen.append(float(gradients.norm() if algorithm == "norm" else gradients.abs().max()))
+
+    torch.manual_seed(0)
+    policy = Watching(features=features().to_dict(), **SMALL)
+    policy.configure_model()
+    policy.normalizer.set_statistics(Data().statistics((STATE, "action")))
+    fit(policy, max_epochs=1, precision=precision, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    assert seen == pytest.approx([limit] * 6, rel=0.01)
+
+
 def test_an_endless_run_is_refused():
     with pytest.raises(ValueError, match=r"trainer.max_epochs or trainer.max_steps"):
         fit(recording_policy(), max_epochs=-1)
