@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -78,15 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EvaluateError, EnvironmentFault, OSError, ImportError, ValueError, gymnasium.error.Error) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("evaluate: interrupted; nothing was written.", file=sys.stderr)
+        return 130
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
     """Plays, prints the table and writes it; see `parser` for the arguments."""
+    check_numbers(arguments)
     check_seeds(arguments.seed, arguments.episodes)
     path = find_checkpoint(arguments.checkpoint)
-
-    import torch
 
     from lightning_robot.callbacks.checkpoints import read_checkpoint
     from lightning_robot.console import say
@@ -97,16 +100,15 @@ def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
     checkpoint = read_checkpoint(path)
     averaged = "ema_state_dict" in checkpoint and arguments.weights != "raw"
     settings = settle(arguments, checkpoint.get("evaluation") or {}, path)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(path, weights=arguments.weights, device=device)
+    policy = load_policy(path, weights=arguments.weights, device=choose_device(arguments.device))
     make_env = environment_maker(settings["env"], settings["env_kwargs"])
     description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
     for note in notes:
         say(note)
     tasks = choose_tasks(policy, description, settings["tasks"])
     plan = plan_episodes(arguments.episodes, arguments.seed, tasks)
+    folder = Path(arguments.output) if arguments.output else default_output(path, arguments)
+    folder.mkdir(parents=True, exist_ok=True)  # before the work: its result must not be lost for want of a place
     say(
         f"Evaluating {path} ({'averaged' if averaged else 'raw'} weights, epoch {checkpoint.get('epoch', '?')}) in "
         f"{settings['env']}: {len(plan)} episodes, seeds {plan[0].seed} to {plan[-1].seed}."
@@ -128,7 +130,6 @@ def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
         "weights": "ema" if averaged else "raw",
         **result.settings,
     }
-    folder = Path(arguments.output) if arguments.output else default_output(path, arguments)
     written = result.save(folder / "evaluation.json")
     report(result)
     say(f"Table: {written}")
@@ -181,6 +182,44 @@ def settle(arguments: argparse.Namespace, saved: dict[str, Any], path: Path) -> 
     }
 
 
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuses counts that mean nothing.
+
+    Raises:
+        EvaluateError: names the option.
+    """
+    least = {
+        "num_envs": 1,
+        "inference_batch": 1,
+        "threads": 1,
+        "max_steps": 1,
+        "execution_horizon": 1,
+        "processes": 0,
+        "videos": 0,
+    }
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            raise EvaluateError(f"--{name.replace('_', '-')} must be at least {smallest}, not {value}.")
+
+
+def choose_device(name: str) -> str:
+    """The device meant by `--device`.
+
+    Raises:
+        EvaluateError: it is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise EvaluateError(f"--device {name} cannot be used here: {str(error).splitlines()[0].rstrip('.')}.") from error
+    return name
+
+
 def check_seeds(seed: int, episodes: int) -> None:
     """Refuses seeds that made the demonstrations or chose the checkpoint.
 
@@ -212,7 +251,7 @@ def find_checkpoint(name: str | Path) -> Path:
         for candidate in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
             if (path / candidate).is_file():
                 return (path / candidate).resolve()
-    folder = path
+    folder = path.absolute()
     while not folder.is_dir():
         folder = folder.parent
     found = sorted(str(file.relative_to(folder)) for pattern in ("*.ckpt", "*/*.ckpt") for file in folder.glob(pattern))
@@ -222,10 +261,19 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def default_output(path: Path, arguments: argparse.Namespace) -> Path:
-    """A folder in the checkpoint's run, or beside a checkpoint that lies alone; one for each set of episodes."""
+    """A folder in the checkpoint's run, or beside a checkpoint that lies alone; one for each set of episodes.
+
+    Options that change what is played stand in the name by a digest, so that no evaluation overwrites another one.
+    """
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     weights = f"_{arguments.weights}" if arguments.weights else ""
-    return run / "evaluations" / f"{path.stem}{weights}_seed{arguments.seed}_episodes{arguments.episodes}"
+    tasks = f"_{arguments.tasks[0]}" if arguments.tasks and len(arguments.tasks) == 1 else ""
+    names = ("env", "env_kwargs", "tasks", "execution_horizon", "max_steps", "inference_batch")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    if tasks:
+        del given["tasks"]
+    digest = f"_{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:6]}" if given else ""
+    return run / "evaluations" / f"{path.stem}{weights}{tasks}_seed{arguments.seed}_episodes{arguments.episodes}{digest}"
 
 
 def _cores() -> int:

@@ -132,3 +132,44 @@ def test_help_needs_no_torch():
         "parser().format_help()\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_evaluation_overwrites_one_of_other_episodes(run):
+    choices = ([], ["--tasks", "near"], ["--tasks", "near,far"], ["--max-steps", "5"], ["--env-kwargs", '{"radius": 0.0}'])
+    for number, choice in enumerate(choices, start=1):
+        assert main([str(run), *FAST, *choice]) == 0
+        assert len(list((run / "evaluations").iterdir())) == number
+    assert main([str(run), *FAST, *choice]) == 0  # the same again lies in the same place
+    assert {path.name for path in (run / "evaluations").iterdir()} >= {
+        "best_seed2000000_episodes4",
+        "best_near_seed2000000_episodes4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        (["--processes", "-1"], "--processes must be at least 0, not -1."),
+        (["--max-steps", "0"], "--max-steps must be at least 1, not 0."),
+        (["--videos", "-2"], "--videos must be at least 0, not -2."),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here: "),
+        (["--device", "gpuu"], "--device gpuu cannot be used here: "),
+    ],
+)
+def test_options_that_mean_nothing_are_one_line(option, line, run, capsys):
+    assert main([str(run), *FAST, *option]) == 1
+    assert capsys.readouterr().err.startswith(f"evaluate: {line}")
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([str(run), *FAST, "--output", str(tmp_path / "file" / "inside")]) == 1
+    streams = capsys.readouterr()
+    assert str(tmp_path / "file") in streams.err
+    assert "Evaluating" not in streams.out
+
+
+def test_a_missing_checkpoint_names_the_present_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["nothing.ckpt"]) == 1
+    assert f"{tmp_path} holds no checkpoint." in capsys.readouterr().err
