@@ -8,7 +8,7 @@ TRAINER_COMMANDS = {
     "fit": "train a policy, with validation and simulation",
     "validate": "loss of a checkpoint on the validation data, and its success in simulation",
     "test": "loss of a checkpoint on the test data",
-    "predict": "action chunks for a dataset",
+    "predict": "action chunks of a checkpoint for the validation data, into a file",
 }
 COMMANDS = {
     "evaluate": "simulate a checkpoint: success with interval, failures, videos",

@@ -27,6 +27,7 @@ from lightning_robot.callbacks.evaluation import SimulationEvaluation
 from lightning_robot.callbacks.guards import DiskFullError, Guards, NonFiniteError
 from lightning_robot.callbacks.initial_weights import InitialWeights, class_path_of, require_class
 from lightning_robot.callbacks.metrics_file import MetricsFile
+from lightning_robot.callbacks.predictions import Predictions
 from lightning_robot.callbacks.progress import PlainProgress, silence_tips
 from lightning_robot.callbacks.run_directory import HANDED_OVER, RunDirectory, find_run, name_run
 from lightning_robot.callbacks.signals import StopSignals
@@ -249,6 +250,8 @@ class CommandLine(LightningCLI):
             text = re.sub(r"(?m)^resume: .*$", "resume: null", text)
             run.begin(self.run_path, text, int(settings.seed_everything), self.resumed is not None, settings.init_from)
         else:
+            if self.subcommand == "predict":
+                callbacks.append(Predictions())
             config["logger"] = _as_list(config.get("logger")) or False
             config["default_root_dir"] = str(evaluation_folder(settings.ckpt_path, settings.run.root, str(self.subcommand)))
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -280,6 +283,8 @@ class CommandLine(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            arguments["return_predictions"] = False  # they are written; nobody here would read them
         if self.resumed is not None:
             arguments["ckpt_path"] = str(self.resumed / "checkpoints" / "last.ckpt")
         if arguments.get("ckpt_path"):

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -272,6 +273,10 @@ def test_checkpoints_are_judged_with_the_command_lines_settings(subcommand, name
     assert main([subcommand, "--config", str(config), *options]) == 0
     assert seen["learning_rate"] == 0.125  # not the file's
     assert torch.equal(seen["weight"], torch.load(path, weights_only=True)["state_dict"]["network.0.weight"])
+    if subcommand == "predict":
+        with np.load(run / "predict" / "predictions.npz") as written:
+            assert written["action"].shape == (8, 1, 2, 2)
+            assert written["episode_index"].tolist() == list(range(1000, 1008))
 
 
 def test_a_checkpoint_alone_brings_its_runs_settings(run, capsys):

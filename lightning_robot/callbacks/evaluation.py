@@ -30,7 +30,7 @@ class SimulationEvaluation(Callback):
     """Plays episodes after a validation, with the averaged weights, and logs ``val/success`` and ``val/success/<task>``.
 
     The episodes are the same at every evaluation, are shared out over the ranks, and use seeds that neither demonstrations nor
-    the command ``evaluate`` use. Their table goes to ``evaluations/epoch=XXXX.json`` in the run directory. The settings are
+    the command ``evaluate`` use. Their table goes to ``evaluations/epochXXXX.json`` in the run directory. The settings are
     saved in checkpoints, so that ``evaluate CKPT`` needs nothing else.
 
     Args:
@@ -147,7 +147,8 @@ class SimulationEvaluation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and self.at_end and self._last_step != trainer.global_step:
-            said = "never" if self._last_step < 0 else f"last at step {self._last_step}"
+            last = self.last_evaluated_epoch
+            said = "never" if last < 0 else f"last after epoch {last}"
             say(
                 f"Training ended at step {trainer.global_step} without a validation there; the policy was judged in simulation "
                 f"{said}. Judge the final weights by: python -m lightning_robot evaluate {trainer.default_root_dir}"
@@ -251,7 +252,7 @@ class SimulationEvaluation(Callback):
         if trainer.state.fn != "fit" or trainer.fast_dev_run:
             return
         folder = Path(trainer.default_root_dir) / "evaluations"
-        name = f"epoch={trainer.current_epoch:04d}"
+        name = f"epoch{trainer.current_epoch:04d}"
         result.save(folder / f"{name}.json")
         if self.videos:
             from lightning_robot.evaluation.video import record_videos

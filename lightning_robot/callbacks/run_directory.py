@@ -38,7 +38,7 @@ class RunDirectory(Callback):
     """Describes the run in ``run.json`` and ``config.yaml`` of ``<root>/<experiment>/<date-time>_seed<seed>``.
 
     ``<root>/latest`` and ``<root>/<experiment>/latest`` are links to the newest run. Everything that training writes is
-    inside; nothing depends on the folder it was started from.
+    inside; nothing depends on the folder it was started from. Epochs count from 0 everywhere: in lines, metrics and names.
 
     Args:
         root: where runs are kept.

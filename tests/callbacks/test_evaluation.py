@@ -80,9 +80,9 @@ def test_success_is_logged_and_written(tmp_path, capsys):
     assert float(metrics["val/success"]) == judge.result.success_rate
     assert {"val/success/near", "val/success/far"} <= set(metrics)
     files = sorted(path.name for path in (tmp_path / "evaluations").iterdir())
-    names = [f"epoch=000{epoch}" for epoch in range(2)]
+    names = [f"epoch000{epoch}" for epoch in range(2)]
     assert files == [f"{name}{suffix}" for name in names for suffix in (".json", ".times.json")]
-    table = EvaluationResult.from_json((tmp_path / "evaluations" / "epoch=0001.json").read_text())
+    table = EvaluationResult.from_json((tmp_path / "evaluations" / "epoch0001.json").read_text())
     assert [row.seed for row in table.records] == [1_000_000, 1_000_001, 1_000_002, 1_000_003]
     assert [row.task for row in table.records] == ["near", "near", "far", "far"]
     assert table.settings["environment"] == "fake/Reach-v0"
@@ -224,14 +224,17 @@ def test_validate_simulates_too(tmp_path):
 def test_videos_of_failures(tmp_path):
     judge = evaluation(videos=1, env_kwargs={"radius": 0.0, "max_steps": 4})
     trainer(tmp_path, judge, max_epochs=1).fit(Module())
-    (video,) = (tmp_path / "evaluations" / "epoch=0000").iterdir()
+    (video,) = (tmp_path / "evaluations" / "epoch0000").iterdir()
     assert video.name == "00_near_seed1000000_timeout.mp4"
 
 
 SCRIPT = """
+import json
 import sys
+from pathlib import Path
 import lightning_robot
 sys.path[:0] = sys.argv[1:3]
+from lightning.pytorch import Callback
 from test_evaluation import Module, evaluation, trainer
 settings = {"raise_at": [int(seed) for seed in sys.argv[5].split(",") if seed.isdigit()]}
 judge = evaluation(episodes=7, num_envs=2, env_kwargs=settings, tasks=["near", "far"])
@@ -242,6 +245,14 @@ module.rate = 0.0
 if sys.argv[5] == "rank 1 fails":
     predict = module.predict_action_chunk
     module.predict_action_chunk = lambda *args, **more: 1 / 0 if module.global_rank == 1 else predict(*args, **more)
+class Rank(Callback):
+    def on_validation_end(self, trainer, module):
+        if trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        name = Path(sys.argv[3]) / f"rank{trainer.global_rank}.json"
+        name.write_text(json.dumps({key: float(value) for key, value in metrics.items() if "success" in key}))
+runner.callbacks.append(Rank())
 runner.fit(module)
 print("logged", runner.callback_metrics["val/success"].item(), runner.callback_metrics["val/success/far"].item())
 """
@@ -258,12 +269,14 @@ def test_two_processes_share_the_episodes(tmp_path):
     runs = [fit_in_processes(tmp_path / str(processes), processes) for processes in (1, 2)]
     for run in runs:
         assert run.returncode == 0, run.stderr[-2000:]
-    one, two = (tmp_path / name / "evaluations" / "epoch=0000.json" for name in "12")
+    one, two = (tmp_path / name / "evaluations" / "epoch0000.json" for name in "12")
     assert one.read_text() == two.read_text()
     table = json.loads(two.read_text())
     assert table["summary"]["episodes"] == 7
     logged = [next(line for line in run.stdout.splitlines() if line.startswith("logged")) for run in runs]
     assert logged[0] == logged[1]
+    ranks = [json.loads((tmp_path / "2" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1] == json.loads((tmp_path / "1" / "rank0.json").read_text())  # what is monitored
     assert float(logged[0].split()[1]) == pytest.approx(table["summary"]["success_rate"])
     assert sum(run.stdout.count("Simulation after epoch 0") for run in runs) == 2
 
@@ -272,7 +285,7 @@ def test_a_rank_of_errors_only_is_no_reason_to_stop(tmp_path):
     odd = ",".join(str(1_000_000 + position) for position in (1, 3, 5))  # the second rank's share
     run = fit_in_processes(tmp_path, 2, odd)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads((tmp_path / "evaluations" / "epoch=0000.json").read_text())["summary"]["errors"] == 3
+    assert json.loads((tmp_path / "evaluations" / "epoch0000.json").read_text())["summary"]["errors"] == 3
 
 
 def test_failure_on_one_rank_stops_every_rank(tmp_path):
