@@ -20,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class EpisodeStore:
             )
         _check_lengths(path, groups["data"], np.asarray(groups["meta"]["episode_ends"][:]))
         if group.attrs.get("complete") and path.is_dir():
-            _check_shards(path, groups["data"])
+            _check_shards(path, groups["data"], group.attrs.get("shards_of_zeros", {}))
         return cls(path, group)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -470,6 +470,11 @@ class StoreWriter:
                 name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(1, n) for n in values.shape), overwrite=True
             )
             array[...] = values
+        zeros = {
+            name: wanted - len(files) for name, wanted, files in _shard_files(self._store, root["data"]) if len(files) < wanted
+        }
+        if zeros:  # Zarr writes no file for a shard of zeros: what is missing later is a loss, these are not
+            root.attrs["shards_of_zeros"] = zeros
         root.attrs["fingerprint"] = EpisodeStore(self._store, zarr.open_group(str(self._store), mode="r"))._fingerprint()
         root.attrs["complete"] = True
         for leftover in self._store.rglob(f"*.{'[0-9a-f]' * 32}.partial"):  # what a killed process was writing
@@ -515,7 +520,6 @@ class StoreWriter:
                 dtype=dtype,
                 chunks=(settings["cloud_chunk"] if large else self.shard_frames, *shape),
                 shards=(self.shard_frames, *shape),
-                config={"write_empty_chunks": True},  # so that a file that is not there is a loss
                 compressors=BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
             )
         partial = noted.with_suffix(".tmp")
@@ -558,11 +562,17 @@ def _refuse_missing(path: Path) -> None:
     raise StoreError(f"There is no store at {path}. {_HOW}")
 
 
-def _check_shards(path: Path, data: Any) -> None:
-    """Refuses a store of ours that lost files, in a copy for example: Zarr reads what is missing as zeros."""
+def _shard_files(path: Path, data: Any) -> Iterator[tuple[str, int, list[Path]]]:
+    """Of every array its name, the number of its shards, and their files."""
     for name, array in data.arrays():
         wanted = math.prod(math.ceil(size / shard) for size, shard in zip(array.shape, array.shards or array.chunks))
-        files = [file for file in (path / "data" / name / "c").rglob("*") if file.is_file()]
+        yield name, wanted, [file for file in (path / "data" / name / "c").rglob("*") if file.is_file()]
+
+
+def _check_shards(path: Path, data: Any, zeros: Mapping[str, int]) -> None:
+    """Refuses a store of ours that lost files, in a copy for example: Zarr reads what is missing as zeros."""
+    for name, shards, files in _shard_files(path, data):
+        wanted = shards - zeros.get(name, 0)
         empty = [str(file.relative_to(path)) for file in files if file.stat().st_size == 0]
         if len(files) < wanted or empty:
             what = f"{empty[0]} is empty" if empty else f"{wanted - len(files)} of {wanted} files of data/{name} are missing"

@@ -274,3 +274,10 @@ def test_a_store_that_lost_a_file_is_refused(tmp_path, harm, message):
     file.unlink() if harm == "unlink" else file.write_bytes(b"")
     with pytest.raises(StoreError, match=message):
         EpisodeStore.open(path)
+
+
+def test_zeros_are_data(tmp_path):
+    writer = StoreWriter(tmp_path / "zeros.zarr", {"observation.state": ((3,), "float32"), "action": ((2,), "float32")}, 40)
+    writer.append({"observation.state": np.zeros((40, 3), np.float32), "action": np.zeros((40, 2), np.float32)})
+    store = writer.finish(np.array([40]))  # opens it: what Zarr left out must not count as lost
+    assert not store.read("action", slice(None)).any()
