@@ -40,6 +40,14 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
 
 
+def disk_size(count: float) -> str:
+    """A number of bytes as people write it: ``640 B``, ``12 kB``, ``310 MB``, ``4.1 GB``."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.{1 if count < 10 * scale else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
 def progress(
     iterable: Iterable[Item], total: int | None = None, description: str = "", *, unit: str = "", interval: float = 10.0
 ) -> Iterator[Item]:

@@ -2,7 +2,7 @@
 
 import time
 
-from lightning_robot.console import duration, progress, say
+from lightning_robot.console import disk_size, duration, progress, say
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
@@ -25,6 +25,17 @@ def test_progress_writes_plain_lines_with_rate_and_remaining_time(capsys):
     assert lines[0].endswith("left")
     assert lines[-1].startswith("counting: 4 frames done in")
     assert not any("\r" in line for line in lines)
+
+
+def test_sizes():
+    assert [disk_size(count) for count in (640, 12_345, 1_300_000, 310e6, 4.1e9, 166e9)] == [
+        "640 B",
+        "12 kB",
+        "1.3 MB",
+        "310 MB",
+        "4.1 GB",
+        "166 GB",
+    ]
 
 
 def test_durations():

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_robot.callbacks.checkpoints import Checkpoints, NoCheckpointNow
-from lightning_robot.console import say
+from lightning_robot.console import disk_size, say
 
 IDENTITY = ("episode_index", "segment_index", "frame_index")
 
@@ -26,6 +26,9 @@ class NonFiniteError(FloatingPointError, NoCheckpointNow):
 
 class DiskFullError(OSError):
     """The file system of the run directory cannot hold the run's checkpoints."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class Guards(Callback):
@@ -207,10 +210,10 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free >= needed and _can_reserve(there, needed):
         return
-    told = f"{free / 1e9:.1f} GB free" if free < needed else "a quota forbids more"
+    told = f"{disk_size(free)} free" if free < needed else "a quota forbids more"
     raise DiskFullError(
         errno.ENOSPC,
-        f"The checkpoints need up to {needed / 1e9:.1f} GB at {folder}, {told} there. Free space, choose another disk "
+        f"The checkpoints need up to {disk_size(needed)} at {folder}, {told} there. Free space, choose another disk "
         "(run.root), keep fewer files (checkpoints.top_k: 0), or start anyway with guards.check_disk: false",
     )
 

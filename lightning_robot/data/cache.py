@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_robot.console import progress, say
+from lightning_robot.console import disk_size, progress, say
 
 if TYPE_CHECKING:
     from lightning_robot.data.store import EpisodeStore
@@ -103,16 +103,16 @@ def _writable_folder(store: EpisodeStore) -> Path:
 
 
 def _decode(store: EpisodeStore, key: str, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    size = int(np.prod(shape)) * dtype.itemsize
+    needed = int(np.prod(shape)) * dtype.itemsize
     free = shutil.disk_usage(path.parent).free
-    if size > 0.95 * free:
+    if needed > 0.95 * free:
         raise OSError(
-            f"{store.path}: a decoded copy of {key} needs {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left. "
+            f"{store.path}: a decoded copy of {key} needs {disk_size(needed)}, but {path.parent} has {disk_size(free)} left. "
             "Make room there, let the environment variable LIGHTNING_ROBOT_CACHE name a larger disk, or set "
             "data.init_args.decode: false (every window is then read from the compressed store, slowly)."
         )
-    if size > 50e6:
-        say(f"Decoding {key} once into a memory-mapped file of {size / 1e9:.2f} GB: {path} (may be deleted at any time).")
+    if needed > 50e6:
+        say(f"Decoding {key} once into a memory-mapped file of {disk_size(needed)}: {path} (may be deleted at any time).")
     partial = path.with_suffix(".partial")
     rows = store.aligned_rows(key, BLOCK_BYTES)
     with open(partial, "wb") as file:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_robot.console import progress, say
+from lightning_robot.console import disk_size, progress, say
 from lightning_robot.data.calvin_files import (
     DEFAULT_ENCODER,
     LANGUAGE,
@@ -479,6 +479,6 @@ def _check_disk(plan: _Plan, writer: StoreWriter, frames: int) -> None:
     needed, free = 1.1 * max(sizes) * frames, shutil.disk_usage(writer.partial).free
     if needed > free:
         raise CalvinError(
-            f"{writer.path.parent} has {free / 1e9:.1f} GB free, {frames} frames need about {needed / 1e9:.1f} GB. Make room, "
+            f"{writer.path.parent} has {disk_size(free)} free, {frames} frames need about {disk_size(needed)}. Make room, "
             "write elsewhere, or keep less (--no-rgb, --no-depth, fewer --points)."
         )

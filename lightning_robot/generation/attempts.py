@@ -187,7 +187,8 @@ def attempt_episode(env: gymnasium.Env, recording: Recording, task: str, seed: i
 
 
 def serve(descriptor: int) -> None:
-    """What a worker process does: receives a `Recording`, then (task, seed) pairs; answers each with its `Attempt`.
+    """What a worker process does: receives a `Recording`, then (task, seed) pairs; answers each with its `Attempt`,
+    or with the error that kept it from writing one.
 
     Ends when the other side closes the connection, also because that process was killed.
     """
@@ -198,6 +199,12 @@ def serve(descriptor: int) -> None:
         env = recording.make()
         while True:
             task, seed = connection.recv()
-            connection.send(attempt_episode(env, recording, task, seed))
+            try:
+                answer: Attempt | OSError = attempt_episode(env, recording, task, seed)
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # a full disk: another worker would meet it too
+                answer = error
+            connection.send(answer)
     except (EOFError, ConnectionError, FileNotFoundError):  # a killed parent; its successor may have packed the folder away
         return

@@ -79,7 +79,7 @@ def generate(
     Raises:
         GenerationError: the environment cannot be made or has no expert; the store exists with other settings; an
             unfinished one does; the expert fails too often; one episode keeps killing its worker; the seeds reach those of
-            evaluation.
+            evaluation; the disk is full.
         WorkError: another process is generating the same store.
     """
     store = Path(store).expanduser().absolute()
@@ -134,8 +134,14 @@ def generate(
             deaths = 0
             if jobs.missing:
                 collected = _here(jobs, recording, example) if count == 1 else _in_processes(jobs, recording, count)
-                for _ in progress(collected, total=jobs.missing, description="generating", unit="demonstrations"):
-                    pass
+                try:
+                    for _ in progress(collected, total=jobs.missing, description="generating", unit="demonstrations"):
+                        pass
+                except OSError as error:
+                    raise GenerationError(
+                        f"Nothing more can be written in {folder} ({error}). Make room there or take another place; what was "
+                        "generated is kept, the same call continues."
+                    ) from error
                 deaths = sum(jobs.deaths.values())
             _pack(store, folder, jobs, settings, example)
             for line in jobs.report():
@@ -461,6 +467,8 @@ def _in_processes(jobs: _Jobs, recording: Recording, count: int) -> Iterator[Att
                     workers[busy[ready]] = _Worker(recording)  # type: ignore[index]
                     continue
                 worker.job = None
+                if isinstance(attempt, OSError):
+                    raise attempt
                 jobs.record(attempt)
                 if attempt.success:
                     yield attempt

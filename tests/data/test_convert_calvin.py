@@ -402,7 +402,7 @@ def test_two_converters_do_not_meet(sample, tmp_path):
 def test_too_little_disk_is_noticed_before_the_work(sample, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CalvinError, match=r"0\.0 GB free, 53 frames need about"):
+    with pytest.raises(CalvinError, match=r"1\.0 kB free, 53 frames need about"):
         convert(sample, tmp_path / "s")
 
 

@@ -1,5 +1,7 @@
 """A tiny environment with an expert: a point that must reach a place. Registered when the module is imported."""
 
+import errno
+
 import gymnasium
 import numpy as np
 
@@ -11,9 +13,9 @@ class ReachEnv(gymnasium.Env):
 
     tasks = ("left", "right")
 
-    def __init__(self, size: int = 3, crash_seed: int | None = None, crash_file: str = ""):
+    def __init__(self, size: int = 3, crash_seed: int | None = None, crash_file: str = "", full_disk: bool = False):
         self.action_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
-        self.size, self.crash_seed, self.crash_file = size, crash_seed, crash_file
+        self.size, self.crash_seed, self.crash_file, self.full_disk = size, crash_seed, crash_file, full_disk
         self.features = Features(
             observations={
                 "observation.state": Feature((2,)),
@@ -37,6 +39,8 @@ class ReachEnv(gymnasium.Env):
         return self._observation(), {"task": self.task, "success": False, "failure": None}
 
     def step(self, action):
+        if self.full_disk:
+            raise OSError(errno.ENOSPC, "No space left on device")
         self.steps += 1
         if not self.blocked:
             self.position = self.position + 0.3 * np.asarray(action[:2], np.float64)

@@ -179,6 +179,14 @@ def test_an_episode_that_always_kills_its_worker_is_named(tmp_path):
         generate(tmp_path / "reach.zarr", **{**SETTINGS, "processes": 2}, env_kwargs={"crash_seed": 4})
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_cannot_be_written_ends_the_work_in_one_line(tmp_path, processes, capfd):
+    settings = {**SETTINGS, "processes": processes, "env_kwargs": {"full_disk": True}}
+    with pytest.raises(GenerationError, match=r"Nothing more can be written in .*episodes \(.*the same call continues"):
+        generate(tmp_path / "reach.zarr", **settings)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_an_expert_that_fails_is_reported_with_reasons(tmp_path, monkeypatch):
     import fake_expert_env
 
