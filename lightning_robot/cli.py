@@ -24,7 +24,7 @@ from lightning_robot.callbacks.checkpoints import AtomicCheckpointIO, Checkpoint
 from lightning_robot.callbacks.compile import Compile
 from lightning_robot.callbacks.ema import EMA
 from lightning_robot.callbacks.evaluation import SimulationEvaluation
-from lightning_robot.callbacks.guards import DiskFullError, Guards, NonFiniteError
+from lightning_robot.callbacks.guards import Guards, NonFiniteError
 from lightning_robot.callbacks.initial_weights import InitialWeights, class_path_of, require_class
 from lightning_robot.callbacks.metrics_file import MetricsFile
 from lightning_robot.callbacks.predictions import Predictions
@@ -35,6 +35,7 @@ from lightning_robot.callbacks.step_seeds import StepSeeds
 from lightning_robot.callbacks.throughput import Throughput
 from lightning_robot.console import is_first_process, say
 from lightning_robot.data.store import StoreError
+from lightning_robot.evaluation.stepping import EnvironmentFault
 from lightning_robot.features import IncompatibleFeatures
 
 # Parts of every run: groups of the parser, so that no overlay's list of callbacks can replace them. Averaging comes before
@@ -94,6 +95,8 @@ class Parser(LightningArgumentParser):
         lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
         if not lines:
             return message
+        if "Problems parsing config" in lines[0]:  # where the file is no YAML stands in the last line
+            return " ".join(lines)
         expected = [line for line in lines[1:] if line.startswith("Expected")]
         given = [line for line in lines[1:] if line.startswith("Given value:")]
         if expected:
@@ -227,8 +230,17 @@ class CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:  # a constructor refuses a setting
-            raise CommandLineError(str(error)) from error
+        except ValueError as error:  # a constructor refuses a setting; jsonargparse wraps its words in what it tried
+            first: BaseException = error
+            while isinstance(cause := first.__cause__ or first.__context__, ValueError):
+                first = cause
+            raise CommandLineError(str(first)) from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise CommandLineError(f"seed_everything: {error}.") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         settings = self.config[self.subcommand]
@@ -444,7 +456,7 @@ def main(argv: list[str]) -> int:
     except (CommandLineError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (IncompatibleFeatures, StoreError, NonFiniteError, DiskFullError, MisconfigurationException) as error:
+    except (IncompatibleFeatures, StoreError, EnvironmentFault, NonFiniteError, OSError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

@@ -298,3 +298,31 @@ def test_a_policys_optimizer_cannot_be_replaced_by_a_flag(config, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--optimizer", "SGD"])
     assert "no option --optimizer" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_yaml_says_where(config, capsys):
+    config.write_text("model: [\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config)])
+    assert "line 2, column 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "line"),
+    [
+        (["--seed_everything=-1"], 2, "error: seed_everything: -1 is not in bounds"),
+        (["--evaluation.every_n_epochs", "0"], 2, "error: evaluation.every_n_epochs must be at least 1"),
+        (["--trainer.max_epochs", "-3"], 1, "error: `max_epochs` must be a non-negative integer"),
+        (["--evaluation.episodes", "2", "--evaluation.env", "no/Such-v0"], 1, "error: evaluation: No environment 'no/Such-v0'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(options, code, line, config, tmp_path, capsys):
+    assert main(["fit", "--config", str(config), "--run.root", str(tmp_path / "runs"), *options]) == code
+    assert line in capsys.readouterr().err
+
+
+def test_only_the_words_of_the_constructor_that_refuses_are_shown(tmp_path, capsys):
+    model = {"class_path": "lightning_robot.policies.dp3.SimpleDP3", "init_args": {"action_horizon": 15}}
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    assert main(["fit", "--config", str(tmp_path / "odd.yaml"), "--run.root", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: action_horizon=15 must be a multiple of 4")

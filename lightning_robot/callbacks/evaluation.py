@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,7 @@ from lightning_robot.evaluation.rollout import (
     refuse_errors_only,
     rollout,
 )
+from lightning_robot.features import IncompatibleFeatures
 
 
 class SimulationEvaluation(Callback):
@@ -187,12 +189,17 @@ class SimulationEvaluation(Callback):
         """Meets the environment once, before the work, and settles which episodes to play."""
         if self._plan is None:
             assert self.env is not None
-            make_env = environment_maker(self.env, self.env_kwargs)
-            description, notes = inspect_environment(pl_module, make_env, self.tasks or ())
-            for note in notes:
-                say(note)
-            self.played_tasks = choose_tasks(pl_module, description, self.tasks)
-            self._plan = plan_episodes(self.episodes, self.seed, self.played_tasks)
+            try:
+                make_env = environment_maker(self.env, self.env_kwargs)
+                description, notes = inspect_environment(pl_module, make_env, self.tasks or ())
+                for note in notes:
+                    say(note)
+                self.played_tasks = choose_tasks(pl_module, description, self.tasks)
+                self._plan = plan_episodes(self.episodes, self.seed, self.played_tasks)
+            except IncompatibleFeatures:
+                raise
+            except (ValueError, ImportError, gymnasium.error.Error) as error:
+                raise MisconfigurationException(f"evaluation: {error}") from error
         return self._plan
 
     def _evaluate(self, trainer: Trainer, pl_module: Any) -> EvaluationResult:

@@ -176,16 +176,23 @@ class CalvinDataModule(EpisodeDataModule):
         super().prepare_data()
 
     def make_store(self, path: Path) -> None:
-        """Converts `root`, or generates demonstrations; an interrupted one is continued."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.root is not None:
-            from lightning_robot.data.convert_calvin import convert_calvin
+        """Converts `root`, or generates demonstrations; an interrupted one is continued.
 
-            convert_calvin(self.root, path, self.convert)
-            return
-        module, _, function = GENERATOR.partition(":")
-        generate = getattr(import_module(module), function)
-        generate(path, **(self.generate or Demonstrations()).arguments())
+        Raises:
+            StoreError: what the converter or the generator found wrong.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.root is not None:
+                from lightning_robot.data.convert_calvin import convert_calvin
+
+                convert_calvin(self.root, path, self.convert)
+            else:
+                module, _, function = GENERATOR.partition(":")
+                generate = getattr(import_module(module), function)
+                generate(path, **(self.generate or Demonstrations()).arguments())
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(str(error)) from error
 
     def _check_settings(self, path: Path) -> None:
         """An existing store serves; one that was made with other settings of the same kind than those given is refused."""
@@ -200,7 +207,7 @@ class CalvinDataModule(EpisodeDataModule):
         if self.root is None and self.store_path is not None and self.generate is not None and generated:
             try:
                 self.make_store(path)  # the generator compares settings and finds the store complete
-            except RuntimeError as error:
+            except StoreError as error:
                 raise StoreError(f"{error} To train on it as it is, name it as data.init_args.root.") from error
 
 

@@ -82,11 +82,15 @@ class EpisodeDataModule(LightningDataModule):
                 read from the compressed store, about a hundred times slower.
 
         Raises:
-            ValueError: `validation_ratio` is no share, or a limit is below 1.
+            ValueError: `validation_ratio` is no share, or a number or limit is too small.
         """
         super().__init__()
         if validation_ratio is not None and not 0 <= validation_ratio < 1:
             raise ValueError(f"validation_ratio: {validation_ratio}; it is a share of the episodes, from 0 to below 1.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size}; a batch has at least one window.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers: {num_workers}; 0 gathers batches in the training process.")
         if max_train_episodes is not None and max_train_episodes < 1:
             raise ValueError(f"max_train_episodes: {max_train_episodes}; leave it out for no limit.")
         self.store_path = None if store is None else Path(store).expanduser().absolute()

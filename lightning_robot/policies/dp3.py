@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robot.console import say
-from lightning_robot.features import Features
+from lightning_robot.features import Features, IncompatibleFeatures
 from lightning_robot.networks.diffusion import SamplerFormula, add_noise, check_formula, ddim_step, denoising_plan
 from lightning_robot.networks.noise import seeded_integers, seeded_normal
 from lightning_robot.networks.point_encoder import PointNet
@@ -132,7 +132,10 @@ class DP3(ImitationPolicy):
         cloud = selected.observations[CLOUD]
         channels = self._cloud_channels
         if cloud.shape[-1] < channels:
-            raise ValueError(f"use_colors=True needs clouds of 6 channels, the data offers {cloud.shape[-1]} (XYZ only).")
+            raise IncompatibleFeatures(
+                f"use_colors=True needs clouds of 6 channels, the data offers {cloud.shape[-1]} (XYZ only). Set "
+                "model.init_args.use_colors: false, or use data with coloured clouds."
+            )
         cut = replace(cloud, shape=(*cloud.shape[:-1], channels), names=cloud.names[:channels], kinds=cloud.kinds[:channels])
         return replace(selected, observations={**selected.observations, CLOUD: cut})
 

@@ -199,9 +199,9 @@ def test_unfit_environment_stops_before_the_first_step(tmp_path):
         trainer(tmp_path, evaluation(env_kwargs={"shape": (9,)})).fit(module)
     with pytest.raises(RuntimeError, match="cannot begin the task 'fly'"):
         trainer(tmp_path, evaluation(tasks=["fly"])).fit(module)
-    with pytest.raises(ValueError, match="at least one per task"):
+    with pytest.raises(MisconfigurationException, match=r"evaluation: .*at least one per task"):
         trainer(tmp_path, evaluation(episodes=1)).fit(module)
-    with pytest.raises(ModuleNotFoundError, match="Reech"):
+    with pytest.raises(MisconfigurationException, match=r"evaluation: .*Reech"):
         trainer(tmp_path, evaluation(env="fake/Reech-v0")).fit(module)
 
 

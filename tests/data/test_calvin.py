@@ -162,3 +162,19 @@ def test_a_cut_store_is_refused(tmp_path, generator):
     (path / "meta" / "episode_ends" / "zarr.json").unlink()
     with pytest.raises(StoreError, match="incomplete: it has no meta/episode_ends"):
         CalvinDataModule(root=str(path)).setup()
+
+
+def test_what_the_converter_or_the_generator_finds_wrong_is_a_store_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_ROBOT_CACHE", str(tmp_path))
+
+    def generate(path, **settings):
+        raise RuntimeError("nobody can fly")
+
+    monkeypatch.setitem(sys.modules, "stand_in_generator", types.SimpleNamespace(generate=generate))
+    monkeypatch.setattr(calvin, "GENERATOR", "stand_in_generator:generate")
+    with pytest.raises(StoreError, match="nobody can fly"):
+        ready(generate={"tasks": ["fly"]})
+    (tmp_path / "raw" / "training").mkdir(parents=True)
+    (tmp_path / "raw" / "training" / "ep_start_end_ids.npy").write_bytes(b"nothing")
+    with pytest.raises(StoreError, match=r"holds no episode_\*\.npz files"):
+        ready(root=str(tmp_path / "raw"))

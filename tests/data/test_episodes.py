@@ -269,7 +269,10 @@ def test_a_missing_store_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"validation_ratio": 20}, {"validation_ratio": -0.1}, {"max_train_episodes": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"validation_ratio": 20}, {"validation_ratio": -0.1}, {"max_train_episodes": 0}, {"batch_size": 0}, {"num_workers": -1}],
+)
 def test_shares_and_limits_are_checked_at_once(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EpisodeDataModule("a.zarr", **wrong)
