@@ -14,48 +14,38 @@ from torch.nn import functional as F
 
 ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 20480  # entries: with one image of at most so many torch leaves oneDNN for its own, slower kernels
-UNPACK = 2**17  # see `Convolution.unpack`
+PACKS = ONEDNN and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # see `Convolution.packed`
 
 
 class Convolution(nn.Conv1d):
     """`nn.Conv1d`, faster on a CPU.
 
     Attributes:
-        taps: (kernel, out, in) weights for few rows, see `unpack`; None otherwise.
+        packed: where many calls without gradient follow one another, the weights in oneDNN's own order by the shape that they
+            were packed for; None elsewhere. Otherwise oneDNN copies them into that order at every call, which for the few
+            rows of a denoising step takes as long as the arithmetic, or several times as long.
     """
 
-    taps: Tensor | None = None
+    packed: dict[torch.Size, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.taps is not None:
-            return self._sum_of_taps(input, self.taps)
-        if input.device.type != "cpu" or _is_small(input):
+        packs = self.packed is not None and PACKS and not torch.is_grad_enabled()
+        if input.device.type != "cpu" or (not packs and _is_small(input)):
             return super().forward(input)
-        return _to_sequence(
-            convolve(_to_image(input), self.weight.unsqueeze(3), self.bias, (*self.stride, 1), (*self.padding, 0))
-        )
+        image, weight = _to_image(input), self.weight.unsqueeze(3)
+        stride, padding = (*self.stride, 1), (*self.padding, 0)
+        if packs and _is_plain(image, weight):
+            return _to_sequence(self._convolve_packed(image, weight, stride, padding))
+        return _to_sequence(convolve(image, weight, self.bias, stride, padding))
 
-    def unpack(self, rows: int) -> None:
-        """Prepares `taps` for repeated calls with B = `rows`, where that pays.
-
-        With few rows a convolution is reading its weights, and oneDNN first copies them into its own order at every call.
-        Copied once, one matrix per tap, they can be used as they are. The number of steps is not known here; where many
-        megabytes of weights meet a few rows, it is small.
-        """
-        many = 4 * rows * UNPACK <= self.weight.numel()
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and self.stride == (1,) and many:
-            self.taps = self.weight.permute(2, 0, 1).contiguous()
-
-    def _sum_of_taps(self, input: Tensor, taps: Tensor) -> Tensor:
-        length, rows = input.shape[2], len(input)
-        steps = input.permute(2, 0, 1).contiguous()  # (L, B, in)
-        assert self.bias is not None
-        result = self.bias.repeat(length, rows, 1)  # (L, B, out)
-        for shift, tap in enumerate(taps, start=-(len(taps) // 2)):
-            first, last = max(0, -shift), min(length, length - shift)
-            if first < last:  # the tap falls on more than padding
-                result[first:last].flatten(0, 1).addmm_(steps[first + shift : last + shift].flatten(0, 1), tap.t())
-        return result.permute(1, 2, 0)
+    def _convolve_packed(self, image: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+        """As `convolve`; the operators are those that torch.compile emits for frozen weights."""
+        assert self.packed is not None
+        arguments = (padding, stride, (1, 1), 1)
+        if image.shape not in self.packed:
+            self.packed[image.shape] = torch.ops.mkldnn._reorder_convolution_weight(weight, *arguments, image.shape)
+        packed = self.packed[image.shape]
+        return torch.ops.mkldnn._convolution_pointwise(image, packed, self.bias, *arguments, "none", [], "")
 
 
 class TransposedConvolution(nn.ConvTranspose1d):
@@ -97,10 +87,15 @@ def convolve(image: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[i
     Returns:
         (1, out, height', width').
     """
-    plain = image.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if plain and ONEDNN and not torch.compiler.is_compiling():
+    if ONEDNN and _is_plain(image, weight):
         return torch.mkldnn_convolution(image, weight, bias, padding, stride, (1, 1), 1)
     return F.conv2d(image, weight, bias, stride, padding)
+
+
+def _is_plain(image: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN may be called directly: in float32, outside autocast and torch.compile."""
+    in_float32 = image.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return in_float32 and not torch.compiler.is_compiling()
 
 
 def _is_small(x: Tensor) -> bool:

@@ -141,16 +141,16 @@ class ConditionalUnet(nn.Module):
         return [F.linear(active, block.film.weight[:, :size]) for block in self.residual_blocks()]
 
     @contextmanager
-    def repeated(self, rows: int) -> Iterator[None]:
-        """Inside the block `forward` is called many times, without gradient, with B = `rows` and the same weights."""
+    def repeated(self) -> Iterator[None]:
+        """Inside the block `forward` is called many times, without gradient and with the same weights: they are packed once."""
         convolutions = [module for module in self.modules() if isinstance(module, Convolution)]
         try:
             for convolution in convolutions:
-                convolution.unpack(rows)
+                convolution.packed = {}
             yield
         finally:
             for convolution in convolutions:
-                convolution.taps = None
+                convolution.packed = None
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """(K,) int64 -> (K, d)."""
@@ -215,9 +215,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _join_channels(x: Tensor, y: Tensor) -> Tensor:
-    """Concatenates (B, C, L) tensors on C; on a CPU with the batch innermost, where `torch.cat` would reorder."""
+    """Concatenates (B, C, L) tensors on C; on a CPU it keeps channels or batch innermost, where `torch.cat` reorders."""
     if x.device.type != "cpu":
         return torch.cat((x, y), 1)
+    if x.stride(1) == y.stride(1) == 1:
+        return torch.cat((x.permute(2, 0, 1), y.permute(2, 0, 1)), 2).permute(1, 2, 0)
     return torch.cat((x.permute(1, 2, 0), y.permute(1, 2, 0)), 0).permute(2, 0, 1)
 
 

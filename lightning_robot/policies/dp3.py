@@ -38,8 +38,8 @@ class DP3(ImitationPolicy):
         encoder_size: features of a cloud and of a state each.
         point_layer_norm: layer norm in the network on points.
         final_layer_norm: layer norm after the cloud's projection.
-        down_dims: channels of the U-Net's levels; None takes the published ones of the class.
-        kernel_size: of the U-Net's convolutions.
+        down_dims: channels of the U-Net's levels, at least one; None takes the published ones of the class.
+        kernel_size: of the U-Net's convolutions, odd.
         groups: of the U-Net's group norms.
         time_embedding: size of the embedding of the diffusion step.
         diffusion_steps: steps of the noising process.
@@ -97,7 +97,22 @@ class DP3(ImitationPolicy):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        widths = list(down_dims or self.published_dims)
+        counts = {
+            "observation_steps": observation_steps,
+            "action_horizon": action_horizon,
+            "diffusion_steps": diffusion_steps,
+            "denoising_steps": denoising_steps,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
+        if learning_rate < 0:
+            raise ValueError(f"learning_rate={learning_rate} must not be negative.")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} must be odd: an even one would change the chunk's length.")
+        widths = list(self.published_dims if down_dims is None else down_dims)
+        if not widths:
+            raise ValueError("down_dims=[] names no level of the U-Net; null takes the published ones.")
         if action_horizon % 2 ** (len(widths) - 1):
             raise ValueError(
                 f"action_horizon={action_horizon} must be a multiple of {2 ** (len(widths) - 1)}: each of the U-Net's "
@@ -275,7 +290,7 @@ class DP3(ImitationPolicy):
         chunk = draw(0)
         of_time = self.unet.time_modulations(self.denoising_timesteps)  # per block (steps, 2 channels)
         of_condition = self.unet.condition_modulations(condition)  # per block (B, 2 channels)
-        with self.unet.repeated(len(chunk)):
+        with self.unet.repeated():
             for step, (_, alpha, alpha_previous) in enumerate(self.denoising_plan):
                 modulations = [time[step] + fixed for time, fixed in zip(of_time, of_condition)]
                 prediction = self.unet(chunk, modulations).to(chunk.dtype)

@@ -57,15 +57,17 @@ def test_point_linear(shape, dtype):
     assert layer(torch.randn(*shape, dtype=dtype)).is_contiguous()
 
 
-@pytest.mark.parametrize("length", [1, 2, 4, 16])
-@torch.no_grad()
-def test_unpacked_weights(length):
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(5, 1, 2), (3, 2, 1), (1, 1, 0)])
+def test_packed_weights(rows, kernel, stride, padding):
     torch.manual_seed(0)
-    layer, x = Convolution(512, 512, 5, padding=2), torch.randn(2, 512, length)
-    expected = F.conv1d(x, layer.weight, layer.bias, padding=2)
-    layer.unpack(1000)
-    assert layer.taps is None  # too many rows
-    layer.unpack(2)
-    assert layer.taps is not None
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
-    assert "taps" not in layer.state_dict()
+    layer = Convolution(96, 64, kernel, stride=stride, padding=padding)
+    layer.packed = {}
+    for length in (4, 16, 4):
+        x = torch.randn(rows, 96, length)
+        expected = F.conv1d(x, layer.weight, layer.bias, stride, padding)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+        assert len(layer.packed) == (2 if length == 16 or len(layer.packed) == 2 else 1)
+    assert not [name for name in layer.state_dict() if "packed" in name]
+    agree(layer, torch.randn(rows, 96, 4), lambda x: F.conv1d(x, layer.weight, layer.bias, stride, padding))  # with gradients

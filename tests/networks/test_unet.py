@@ -95,16 +95,19 @@ def test_sinusoids():
 
 
 @torch.no_grad()
-def test_repeated_calls_use_unpacked_weights():
+def test_repeated_calls_pack_their_weights():
     torch.manual_seed(0)
-    unet = small_unet(down_dims=(16, 768))
-    x, modulations = torch.randn(1, 16, 7), unet.modulations(torch.tensor([3]), torch.randn(1, 12))
-    expected = unet(x, modulations)
+    unet = small_unet(down_dims=(16, 64))
     middle = unet.middle[0].first.convolution
-    with unet.repeated(1):
-        assert middle.taps is not None
-        torch.testing.assert_close(unet(x, modulations), expected, rtol=0, atol=1e-5)
-    assert middle.taps is None
-    with pytest.raises(RuntimeError, match="inside"), unet.repeated(1):
+    for rows in (1, 5):
+        x, modulations = torch.randn(rows, 16, 7), unet.modulations(torch.tensor([3] * rows), torch.randn(rows, 12))
+        expected = unet(x, modulations)
+        with unet.repeated():
+            assert middle.packed == {}
+            torch.testing.assert_close(unet(x, modulations), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(unet(x, modulations), expected, rtol=0, atol=1e-5)
+            assert len(middle.packed) == 1
+        assert middle.packed is None
+    with pytest.raises(RuntimeError, match="inside"), unet.repeated():
         raise RuntimeError("inside")
-    assert middle.taps is None
+    assert middle.packed is None
