@@ -78,6 +78,17 @@ class CommandLineError(Exception):
 class Parser(LightningArgumentParser):
     """Errors are one line that names the key and the nearest right one; exit code 2."""
 
+    _file = "<unicode string>"  # the configuration that is read, as YAML's errors call a text of no file
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        self._file = str(path)
+        return super().parse_path(path, *args, **kwargs)
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
+        # jsonargparse hands a null of a setting inside a setting (data.generate.tasks) down as the text None.
+        args = [re.sub("^(--[^=]+)=None$", r"\1=null", item) for item in args] if args is not None else None
+        return super().parse_args(args, *more, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         print(f"error: {self._useful_line(message, ex)}", file=sys.stderr)
         sys.exit(2)
@@ -96,7 +107,7 @@ class Parser(LightningArgumentParser):
         if not lines:
             return message
         if "Problems parsing config" in lines[0]:  # where the file is no YAML stands in the last line
-            return " ".join(lines)
+            return " ".join(lines).replace("<unicode string>", self._file)
         expected = [line for line in lines[1:] if line.startswith("Expected")]
         given = [line for line in lines[1:] if line.startswith("Given value:")]
         if expected:
@@ -219,6 +230,9 @@ class CommandLine(LightningCLI):
                 f"A configuration cannot ask to resume ({config.resume}): a run is taken up with its own settings, by fit "
                 "--resume alone."
             )
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if config.trainer[name] == 0:
+                raise CommandLineError(f"trainer.{name} is 0: nothing would be trained.")
         try:
             if config.init_from is not None:
                 config["init_from"] = resolve_checkpoint(config.init_from, config.run.root)
@@ -271,7 +285,12 @@ class CommandLine(LightningCLI):
         if config.get("enable_model_summary") is None:
             config["enable_model_summary"] = sys.stderr.isatty()  # a log has the guards' one line
         config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except TypeError as error:  # what Lightning raises for a number of devices that a CPU cannot have
+            if "`devices`" not in str(error):
+                raise
+            raise MisconfigurationException(f"trainer.devices is {config.get('devices')}: {error}") from error
 
     def _loggers(self, asked: Any, run: RunDirectory) -> list[Logger]:
         """The metrics file always, TensorBoard unless switched off, then what the configuration asks for."""
@@ -446,6 +465,8 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`.*")  # as meant: noise is the policy's
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    # Its successor, forward_sync_buffers, is unknown to torch before 2.13.
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
     try:
         argv, resumed = resumed_arguments(argv) if argv[0] == "fit" else (with_the_runs_settings(argv), None)

@@ -48,6 +48,12 @@ def disk_size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: ``1 episode``, ``2 episodes``, ``3 processes``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{ending}"
+
+
 def progress(
     iterable: Iterable[Item], total: int | None = None, description: str = "", *, unit: str = "", interval: float = 10.0
 ) -> Iterator[Item]:

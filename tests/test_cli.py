@@ -226,6 +226,7 @@ def test_the_latest_run_can_be_started_from(run, config, capsys):
         (["--run.root", "/proc/nowhere"], "No run directory can be made in /proc/nowhere"),
         (["--init_from", "config.yaml"], "no checkpoint that can be read safely"),
         (["--evaluation.every_n_epochs=0"], "evaluation.every_n_epochs must be at least 1"),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs is 0: nothing would be trained"),
         (["--checkpoints.top_k=-1"], "top_k at least 0"),
     ],
 )
@@ -247,6 +248,18 @@ def test_a_trial_of_one_batch_is_not_the_latest_run(run, config):
     for path in run.parent.iterdir():
         if path.name not in before:
             shutil.rmtree(path)
+
+
+def test_a_run_that_fails_before_it_trains_is_not_the_latest(run, config, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(run, root / "experiment" / run.name)
+    (root / "latest").symlink_to(Path("experiment") / run.name)
+    fails = {"class_path": "tiny_run.At", "init_args": {"step": 0, "what": "fail"}}
+    config.write_text(yaml.safe_dump(CONFIG | {"trainer": CONFIG["trainer"] | {"callbacks": [fails]}}))
+    with pytest.raises(RuntimeError, match="as asked"):
+        main(["fit", "--config", str(config), "--run.root", str(root)])
+    assert len(list((root / "experiment").glob("*_seed42"))) == 2
+    assert (root / "latest").resolve().name == run.name
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
@@ -304,7 +317,7 @@ def test_a_file_that_is_no_yaml_says_where(config, capsys):
     config.write_text("model: [\n")
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config)])
-    assert "line 2, column 1" in capsys.readouterr().err
+    assert f'in "{config}", line 2, column 1' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -313,12 +326,22 @@ def test_a_file_that_is_no_yaml_says_where(config, capsys):
         (["--seed_everything=-1"], 2, "error: seed_everything: -1 is not in bounds"),
         (["--evaluation.every_n_epochs", "0"], 2, "error: evaluation.every_n_epochs must be at least 1"),
         (["--trainer.max_epochs", "-3"], 1, "error: `max_epochs` must be a non-negative integer"),
+        (["--trainer.devices=-1"], 1, "error: trainer.devices is -1: "),
         (["--evaluation.episodes", "2", "--evaluation.env", "no/Such-v0"], 1, "error: evaluation: No environment 'no/Such-v0'"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_line(options, code, line, config, tmp_path, capsys):
     assert main(["fit", "--config", str(config), "--run.root", str(tmp_path / "runs"), *options]) == code
     assert line in capsys.readouterr().err
+
+
+def test_a_setting_inside_a_setting_can_be_set_back_to_null(config, capsys):
+    data = {"class_path": "lightning_robot.data.calvin.CalvinDataModule", "init_args": {"generate": {"tasks": ["push"]}}}
+    config.write_text(yaml.safe_dump(CONFIG | {"data": data}))
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", str(config), "--data.generate.tasks", "null", "--print_config"])
+    assert error.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["generate"]["tasks"] is None
 
 
 def test_only_the_words_of_the_constructor_that_refuses_are_shown(tmp_path, capsys):

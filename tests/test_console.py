@@ -2,7 +2,7 @@
 
 import time
 
-from lightning_robot.console import disk_size, duration, progress, say
+from lightning_robot.console import counted, disk_size, duration, progress, say
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
@@ -25,6 +25,11 @@ def test_progress_writes_plain_lines_with_rate_and_remaining_time(capsys):
     assert lines[0].endswith("left")
     assert lines[-1].startswith("counting: 4 frames done in")
     assert not any("\r" in line for line in lines)
+
+
+def test_counts():
+    assert [counted(count, "episode") for count in (0, 1, 2)] == ["0 episodes", "1 episode", "2 episodes"]
+    assert [counted(count, "worker process") for count in (1, 2)] == ["1 worker process", "2 worker processes"]
 
 
 def test_sizes():

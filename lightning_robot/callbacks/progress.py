@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from lightning_robot.callbacks.evaluation import SimulationEvaluation
 from lightning_robot.console import duration, say
 
 
@@ -52,10 +53,13 @@ class PlainProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit" or self.interval == float("inf"):
             return
+        # Lightning keeps a success of an earlier epoch among the metrics.
+        judges = [callback for callback in trainer.callbacks if isinstance(callback, SimulationEvaluation)]
+        stale = {"val/success"} if any(judge.enabled and not judge.evaluated_this_epoch for judge in judges) else set()
         values = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
-            if key.startswith("val/") and key.count("/") == 1
+            if key.startswith("val/") and key.count("/") == 1 and key not in stale
         }
         if values:
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())

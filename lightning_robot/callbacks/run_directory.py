@@ -37,12 +37,13 @@ VERSIONED = (
 class RunDirectory(Callback):
     """Describes the run in ``run.json`` and ``config.yaml`` of ``<root>/<experiment>/<date-time>_seed<seed>``.
 
-    ``<root>/latest`` and ``<root>/<experiment>/latest`` are links to the newest run. Everything that training writes is
-    inside; nothing depends on the folder it was started from. Epochs count from 0 everywhere: in lines, metrics and names.
+    ``<root>/latest`` and ``<root>/<experiment>/latest`` are links to the newest run that trained at least a batch. Everything
+    that training writes is inside; nothing depends on the folder it was started from. Epochs count from 0 everywhere: in
+    lines, metrics and names.
 
     Args:
         root: where runs are kept.
-        experiment: what the run belongs to; names a folder.
+        experiment: what the run belongs to; names a folder, ``a/b`` one inside the other.
         tensorboard: whether TensorBoard's event files are written beside ``metrics.csv``.
     """
 
@@ -55,6 +56,7 @@ class RunDirectory(Callback):
         self.seed = 0
         self.resumed = False
         self.init_from: str | None = None
+        self._linked = False
 
     def begin(self, path: Path, config_text: str, seed: int, resumed: bool, init_from: str | None) -> None:
         """Tells the callback which directory the run has, before the loggers are made."""
@@ -71,9 +73,6 @@ class RunDirectory(Callback):
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.resumed:
             _write(self.path / "config.yaml", self.config_text)
-        if not trainer.fast_dev_run:  # such a run leaves nothing to go on from
-            for folder in (self.path.parent.parent, self.path.parent):
-                _link(folder / "latest", self.path)
         say(f"Run directory: {self.path}")
         self._record(trainer, describe_run(trainer, self.seed, self.init_from))
 
@@ -95,6 +94,16 @@ class RunDirectory(Callback):
             )
         if trainer.is_global_zero and self.path != Path():
             self._record(trainer, {"batch": batch, "total_steps": int(total)})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not before: a run that cannot train must not hide the one before it; nor a trial, which leaves nothing to go on from.
+        if self._linked or not trainer.is_global_zero or self.path == Path() or trainer.fast_dev_run:
+            return
+        self._linked = True
+        for folder in self.path.parents[: len(Path(self.experiment).parts) + 1]:
+            _link(folder / "latest", self.path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["next_logged_step"] = next_logged_step(trainer)

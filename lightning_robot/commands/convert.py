@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence[float], **values) -> int:
     from dataclasses import fields
 
-    from lightning_robot.console import say
+    from lightning_robot.console import counted, say
     from lightning_robot.data.calvin_frames import CalvinSettings
     from lightning_robot.data.convert_calvin import convert_calvin
 
@@ -93,9 +93,9 @@ def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence
         print("convert calvin: interrupted; the same command continues.", file=sys.stderr)
         return 130
     segments = 0 if done.store.segments is None else len(done.store.segments)
-    verified = f"; {done.verified} frames converted again and equal" if done.verified else ""
+    verified = f"; {counted(done.verified, 'frame')} converted again and equal" if done.verified else ""
     say(
-        f"{done.store.path}: {done.store.num_frames} frames, {done.store.num_episodes} episodes, {segments} described "
-        f"segments{verified}."
+        f"{done.store.path}: {counted(done.store.num_frames, 'frame')}, {counted(done.store.num_episodes, 'episode')}, "
+        f"{counted(segments, 'described segment')}{verified}."
     )
     return 0

@@ -92,7 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
     path = find_checkpoint(arguments.checkpoint)
 
     from lightning_robot.callbacks.checkpoints import read_checkpoint
-    from lightning_robot.console import say
+    from lightning_robot.console import counted, say
     from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment, plan_episodes, rollout
     from lightning_robot.evaluation.video import record_videos
     from lightning_robot.policies.base import load_policy
@@ -111,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
     folder.mkdir(parents=True, exist_ok=True)  # before the work: its result must not be lost for want of a place
     say(
         f"Evaluating {path} ({'averaged' if averaged else 'raw'} weights, epoch {checkpoint.get('epoch', '?')}) in "
-        f"{settings['env']}: {len(plan)} episodes, seeds {plan[0].seed} to {plan[-1].seed}."
+        f"{settings['env']}: {counted(len(plan), 'episode')}, seeds {plan[0].seed} to {plan[-1].seed}."
     )
     result = rollout(
         policy,
@@ -143,14 +143,15 @@ def report(result: EvaluationResult) -> None:
     """Prints the table, what a reader must know of it, and how fast it went."""
     from rich.console import Console
 
+    from lightning_robot.console import counted
+
     console = Console()
     Console(width=None if console.is_terminal else 120).print(result.table())
     for sentence in result.warnings():
         print(sentence)
     steps = sum(record.steps for record in result.records)
-    print(
-        f"{steps} steps in {result.seconds:.1f} s ({steps / result.seconds:.0f} steps/s, {result.processes} worker processes)."
-    )
+    workers = counted(result.processes, "worker process")
+    print(f"{counted(steps, 'step')} in {result.seconds:.1f} s ({steps / result.seconds:.0f} steps/s, {workers}).")
 
 
 def settle(arguments: argparse.Namespace, saved: dict[str, Any], path: Path) -> dict[str, Any]:

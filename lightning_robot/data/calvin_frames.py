@@ -253,7 +253,8 @@ def check_depth(pictures: Iterable[NDArray[np.float32]], settings: CalvinSetting
         if other is not None and other < 0.5 * found:
             return (
                 f"note: the table top is off by {found * 1e3:.2f} mm with the pixel offset {settings.pixel_offset}, by "
-                f"{other * 1e3:.2f} mm with that of {name}: consider --pixel-offset {offset[0]:g} {offset[1]:g}."
+                f"{other * 1e3:.2f} mm with that of {name}: consider --pixel-offset {offset[0]:g} {offset[1]:g} (in fit "
+                f"--data.convert.pixel_offset '[{offset[0]:g},{offset[1]:g}]')."
             ), ""
     return "", ""
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_robot.console import disk_size, progress, say
+from lightning_robot.console import counted, disk_size, progress, say
 from lightning_robot.data.calvin_files import (
     DEFAULT_ENCODER,
     LANGUAGE,
@@ -181,8 +181,8 @@ def convert_calvin(
         described = table.rows(plan, report) if table else {}
         writer = StoreWriter(target, settings.arrays, plan.ends[-1], attributes, shard_frames=shard_frames)
         say(
-            f"Converting {plan.ends[-1]} frames in {len(plan.stretches)} episodes of {root} with {processes} process(es), "
-            f"{settings.points} points per cloud."
+            f"Converting {counted(plan.ends[-1], 'frame')} in {counted(len(plan.stretches), 'episode')} of {root} with "
+            f"{counted(processes, 'process')}, {settings.points} points per cloud."
         )
         _convert(plan, writer, processes)
         verified = _verify(plan, writer, processes)
@@ -329,7 +329,9 @@ def _check_frames(
         raise StoreError(
             f"{partial} was begun from other recordings or with other settings. Give the same ones to continue, or delete it."
         )
-    if not noted:
+    if noted:
+        say(f"Continuing the conversion that was begun in {partial}.")
+    else:
         append_line(path, header)
     # Once frames are being written their places are fixed; before that, files that were damaged may have been mended.
     fixed = (partial / "settings.json").exists()
@@ -437,8 +439,8 @@ def _verify(plan: _Plan, writer: StoreWriter, processes: int) -> int:
     faults = [fault for found in progress(results, len(tasks), "verifying", unit="shards") for fault in found]
     if faults:
         raise StoreError(
-            f"{writer.partial}: the verification found {len(faults)} difference(s), the first: {faults[0]}. Do not use it: "
-            "check disk and memory, delete it and convert again."
+            f"{writer.partial}: the verification found {counted(len(faults), 'difference')}, the first: {faults[0]}. Do not "
+            "use it: check disk and memory, delete it and convert again."
         )
     return len(sampled)
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from lightning_robot.console import progress, say
+from lightning_robot.console import counted, progress, say
 from lightning_robot.data.cache import BLOCK_BYTES, decoded_array, file_lock
 from lightning_robot.data.sampler import EpisodeBatchSampler
 from lightning_robot.data.store import EpisodeStore, StoreError
@@ -169,8 +169,9 @@ class EpisodeDataModule(LightningDataModule):
             self.language["trained_tasks"] = sorted({tasks[text] for text in spans["training"][:, 4] if tasks[text]})
             self._report_overlap(spans["training"])
         say(
-            f"Data: {path}: {len(self.train_windows)} training windows of {len(self.train_episodes)} episodes, "
-            f"{len(self.validation_windows)} validation windows of {len(self.validation_episodes)} episodes."
+            f"Data: {path}: {counted(len(self.train_windows), 'training window')} of "
+            f"{counted(len(self.train_episodes), 'episode')}, {counted(len(self.validation_windows), 'validation window')} of "
+            f"{counted(len(self.validation_episodes), 'episode')}."
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,8 +166,6 @@ def rollout(
     max_steps: int | None = None,
     execution_horizon: int | None = None,
     ensembling: Ensembling | None = None,
-    videos: Path | None = None,
-    max_videos: int = 4,
     progress: bool = True,
     rank: int = 0,
     world_size: int = 1,
@@ -180,8 +177,7 @@ def rollout(
 
     Args:
         policy: acts; the weights it has now are judged, in evaluation mode.
-        make_env: makes one environment with the Gymnasium API; called again with ``render_mode="rgb_array"`` for videos. Must
-            be picklable where `processes` > 0.
+        make_env: makes one environment with the Gymnasium API. Must be picklable where `processes` > 0.
         episodes: what to play.
         num_envs: environments at the same time; the policy is asked as soon as `inference_batch` of them wait for it.
         inference_batch: rows of every query of the policy.
@@ -190,8 +186,6 @@ def rollout(
         max_steps: step limit; the environment's own when None (the smaller one when both are there).
         execution_horizon: actions executed of each chunk; the policy's own when None.
         ensembling: temporal ensembling instead of a chunk queue.
-        videos: folder for videos of some episodes, failures first; needs all episodes in this process (`world_size` 1).
-        max_videos: how many.
         progress: shows how far it is.
         rank: which share of the episodes to play.
         world_size: number of shares; share r is ``episodes[r::world_size]``. `EvaluationResult.merge` joins them.
@@ -252,10 +246,6 @@ def rollout(
     )
     if world_size == 1:
         refuse_errors_only(result)
-    if videos is not None:
-        from lightning_robot.evaluation.video import record_videos
-
-        record_videos(policy, make_env, result, videos, max_videos)
     return result
 
 

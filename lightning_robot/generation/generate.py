@@ -24,7 +24,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from lightning_robot.console import progress, say
+from lightning_robot.console import counted, progress, say
 from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter, partial_folder
 from lightning_robot.data.workers import claimed, usable_cores
 from lightning_robot.generation.attempts import (
@@ -117,7 +117,8 @@ def generate(
         if store.exists():
             _check_same(store, settings)
             shutil.rmtree(partial, ignore_errors=True)  # a kill between renaming and clearing up leaves it
-            say(f"{store} is complete: {episodes_per_task} demonstrations of each of {len(chosen)} tasks.")
+            of_each = counted(episodes_per_task, "demonstration")
+            say(f"{store} is complete: {of_each} of each of {counted(len(chosen), 'task')}.")
             return store
         _check_tasks(example, chosen, seed)
         with claimed(partial):
@@ -126,11 +127,14 @@ def generate(
             jobs = _Jobs(chosen, episodes_per_task, seed, folder)
             count = min(processes or usable_cores(), jobs.missing) or 1
             say(
-                f"Generating {jobs.wanted} demonstrations ({len(chosen)} tasks, {episodes_per_task} each) in {env} with its "
-                f"scripted expert, {count} process{'es' if count > 1 else ''}, into {store}."
+                f"Generating {counted(jobs.wanted, 'demonstration')} ({counted(len(chosen), 'task')}, {episodes_per_task} "
+                f"each) in {env} with its scripted expert, {counted(count, 'process')}, into {store}."
             )
             if jobs.attempts:
-                say(f"Continuing: {len(jobs.attempts)} attempts are already there, {jobs.missing} demonstrations are missing.")
+                say(
+                    f"Continuing: there {'is' if len(jobs.attempts) == 1 else 'are'} {counted(len(jobs.attempts), 'attempt')} "
+                    f"already, and {counted(jobs.missing, 'demonstration')} to come."
+                )
             deaths = 0
             if jobs.missing:
                 collected = _here(jobs, recording, example) if count == 1 else _in_processes(jobs, recording, count)
@@ -147,7 +151,7 @@ def generate(
             for line in jobs.report():
                 say(line)
             if deaths:
-                say(f"{deaths} worker process(es) died on the way; their episodes were attempted again.")
+                say(f"{counted(deaths, 'worker process')} died on the way; the episodes were attempted again.")
         return store
     finally:
         if example is not None:

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_robot.callbacks.ema import EMA
 from lightning_robot.callbacks.evaluation import SimulationEvaluation
+from lightning_robot.callbacks.metrics_file import MetricsFile, read_metrics
+from lightning_robot.callbacks.progress import PlainProgress
 from lightning_robot.evaluation.result import EvaluationResult
 from lightning_robot.evaluation.rollout import fingerprint_policy
 
@@ -108,6 +110,16 @@ def test_due_epochs_and_the_flag_against_stale_metrics(tmp_path):
     watch = Watch(judge)
     trainer(tmp_path, judge, watch, max_epochs=5).fit(Module())
     assert watch.seen == [(0, False, False), (1, True, True), (2, False, True), (3, True, True), (4, True, True)]
+
+
+def test_an_older_success_is_neither_printed_nor_written_again(tmp_path, capsys):
+    judge, metrics = evaluation(every_n_epochs=2), MetricsFile(tmp_path)
+    trainer(tmp_path, judge, PlainProgress(), max_epochs=4, logger=metrics, enable_progress_bar=True).fit(Module())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["val/success" in line for line in lines] == [False, True, False, True]
+    assert all("val/loss" in line for line in lines)
+    written = read_metrics(metrics.path)
+    assert [step for step, _ in written["val/success"]] == [step for step, _ in written["val/loss"]][1::2]
 
 
 def test_a_validation_that_comes_too_late_is_used_at_once(tmp_path):

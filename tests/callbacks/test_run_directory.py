@@ -55,6 +55,14 @@ def test_the_run_explains_itself(tmp_path):
         assert not os.path.isabs(os.readlink(link))  # a moved folder of runs stays whole
 
 
+def test_a_nested_experiment_is_found_from_every_folder_above_it(tmp_path):
+    run, path = RunDirectory(root=str(tmp_path), experiment="doors/open"), name_run(tmp_path, "doors/open", 7)
+    run.begin(path, "", 7, resumed=False, init_from=None)
+    tiny_trainer(path, run).fit(TinyPolicy(), datamodule=TinyData())
+    assert sorted(tmp_path.rglob("latest")) == [tmp_path / name for name in ("doors/latest", "doors/open/latest", "latest")]
+    assert all(link.resolve() == path for link in tmp_path.rglob("latest"))
+
+
 def test_other_data_than_the_runs_are_named(tmp_path, capsys):
     path = name_run(tmp_path, "doors", 7)
     for resumed, fingerprint in ((False, "tiny"), (True, "tiny"), (True, "other")):

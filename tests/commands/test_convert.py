@@ -17,7 +17,7 @@ def test_options_reach_the_store(shared, tmp_path, capsys):
     assert "observation.images.static" not in store.keys
     assert store.language["encoder"] == "all-MiniLM-L6-v2"
     assert store.features.cloud["pixel_offset"] == [0, 1]
-    assert "15 frames, 1 episodes, 1 described segments" in capsys.readouterr().out
+    assert "15 frames, 1 episode, 1 described segment" in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_one_message(tmp_path, capsys):
@@ -33,6 +33,11 @@ def test_abbreviations_and_missing_arguments_are_refused(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_workers_are_counted_from_one(tmp_path, capsys):
+    assert main(["calvin", str(tmp_path), str(tmp_path / "s"), "--processes", "-2"]) == 1
+    assert "processes: -2; it must be at least 1" in capsys.readouterr().err
 
 
 def test_crop_is_checked(tmp_path, capsys):

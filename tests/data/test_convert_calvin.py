@@ -355,7 +355,7 @@ def test_depth_of_half_the_size_is_recognised(root, tmp_path):
 
 def test_the_other_pixel_offset_is_suggested(sample, tmp_path, capsys):
     convert(sample, tmp_path / "s", CalvinSettings(points=0, rgb=False, size=2), splits=("validation",))
-    assert "consider --pixel-offset 0 1" in capsys.readouterr().out
+    assert "consider --pixel-offset 0 1 (in fit --data.convert.pixel_offset '[0,1]')" in capsys.readouterr().out
     convert(sample, tmp_path / "t", SMALL, splits=("validation",))
     assert "pixel-offset" not in capsys.readouterr().out
 
@@ -486,7 +486,9 @@ def test_killed_again_and_again_the_bytes_are_the_same(sample, tmp_path):
     assert steps > 60
     reached = []
     for step in (2, 9, 23, 30, 37, 44):
-        if run_until_killed(sample, tmp_path / "killed", step).returncode == 0:
+        child = run_until_killed(sample, tmp_path / "killed", step)
+        assert (step > 2) == ("Continuing the conversion that was begun in" in child.stdout)
+        if child.returncode == 0:
             break
         reached.append(step)
         assert not (tmp_path / "killed").exists()

@@ -32,7 +32,8 @@ def frames_of(path):
 
 
 def test_failures_come_first_and_can_be_watched(policy, tmp_path, capsys):
-    result = rollout(policy, Reach, PLAN, videos=tmp_path, max_videos=3, progress=False)
+    result = rollout(policy, Reach, PLAN, progress=False)
+    record_videos(policy, Reach, result, tmp_path, 3)
     files = sorted(tmp_path.iterdir())
     chosen = choose_episodes(result, 3)
     assert not chosen[0].success
@@ -51,8 +52,9 @@ def test_tasks_take_turns(policy):
 
 
 def test_impossible_rendering_is_said_and_costs_nothing(policy, tmp_path, capsys):
-    result = rollout(policy, partial(Reach, renders=False), PLAN[:2], videos=tmp_path / "videos", progress=False)
-    assert result.episodes == 2
+    make_env = partial(Reach, renders=False)
+    result = rollout(policy, make_env, PLAN[:2], progress=False)
+    assert record_videos(policy, make_env, result, tmp_path / "videos") == []
     assert "No video beyond 0 of 2: RuntimeError: no display" in capsys.readouterr().out
     assert not (tmp_path / "videos").exists()
 

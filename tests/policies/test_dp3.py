@@ -222,6 +222,11 @@ def test_bfloat16_stays_close():
         ({"denoising_steps": 7}, "denoising_steps=7 must divide diffusion_steps=100"),
         ({"sampler_formula": "old"}, "'current' or 'historical'"),
         ({"down_dims": [12, 16]}, "multiples of groups=8"),
+        ({"down_dims": []}, r"down_dims=\[\] names no level"),
+        ({"kernel_size": 4}, "kernel_size=4 must be odd"),
+        ({"observation_steps": 0}, "observation_steps=0 must be at least 1"),
+        ({"denoising_steps": 0}, "denoising_steps=0 must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must not be negative"),
     ],
 )
 def test_bad_settings(arguments, message):
