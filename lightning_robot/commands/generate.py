@@ -32,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0, help="seed of the first attempt; the next ones count up (default 0)")
     result.add_argument("--noise", type=float, default=0.0, help="noise on executed, not on recorded actions (default 0)")
     result.add_argument("--hold", type=int, default=8, help="steps recorded after success (default %(default)s)")
+    result.add_argument(
+        "--encoder",
+        default="hashed_ngrams_384",
+        help="of the sentences: ours (default %(default)s), or a model of sentence-transformers (extra calvin)",
+    )
     result.add_argument("--processes", type=int, help="worker processes (default: one per core)")
     what = result.add_argument_group("the environment's own options (default: the environment's)")
     what.add_argument("--scene", help="scene of the play table: A, B, C or D")
@@ -66,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
             noise=arguments.noise,
             hold=arguments.hold,
+            encoder=arguments.encoder,
             processes=arguments.processes,
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:

@@ -15,6 +15,7 @@ from lightning_robot.data.cache import cache_folder, is_writable
 from lightning_robot.data.calvin_frames import CalvinSettings
 from lightning_robot.data.episodes import EpisodeDataModule
 from lightning_robot.data.store import EpisodeStore, StoreError
+from lightning_robot.transforms.text import HashedTextEncoder
 
 GENERATOR = "lightning_robot.generation.generate:generate"
 """Named, not imported: data modules know no simulator until one is needed."""
@@ -30,6 +31,7 @@ class Demonstrations:
         seed: of the first attempt.
         noise: standard deviation of noise on executed, not on recorded actions.
         hold: steps recorded after success.
+        encoder: of the sentences: ours, or the name of a model of sentence-transformers (extra ``calvin``).
         scene: A, B, C or D.
         points: points per cloud.
         colors: clouds with colours.
@@ -41,6 +43,7 @@ class Demonstrations:
     seed: int = 0
     noise: float = 0.0
     hold: int = 8
+    encoder: str = HashedTextEncoder.name
     scene: str = "D"
     points: int = 1024
     colors: bool = False
@@ -56,6 +59,7 @@ class Demonstrations:
             "seed": self.seed,
             "noise": self.noise,
             "hold": self.hold,
+            "encoder": self.encoder,
             "processes": self.processes,
         }
 

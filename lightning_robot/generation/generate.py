@@ -36,7 +36,7 @@ from lightning_robot.generation.attempts import (
     read_attempt,
     task_texts,
 )
-from lightning_robot.transforms.text import HashedTextEncoder
+from lightning_robot.transforms.text import HashedTextEncoder, text_encoder
 
 FORMAT = 1  # of what is recorded and how seeds are used; part of a store's settings
 DEATHS_PER_EPISODE = 3
@@ -56,6 +56,7 @@ def generate(
     seed: int = 0,
     noise: float = 0.0,
     hold: int = 8,
+    encoder: str = HashedTextEncoder.name,
     processes: int | None = None,
 ) -> Path:
     """Generates demonstrations into an episode store.
@@ -71,6 +72,7 @@ def generate(
         seed: seed of the first attempt; the following ones count up from it. Evaluation uses other blocks of seeds.
         noise: standard deviation of noise on the executed, not on the recorded action, in the action's units.
         hold: steps recorded after success, so that a policy learns to carry a motion through instead of stopping short.
+        encoder: of the sentences: ours, or the name of a model of sentence-transformers (extra ``calvin``).
         processes: worker processes, each with an environment of its own; one per core when None. 1 works in this process.
 
     Returns:
@@ -109,10 +111,12 @@ def generate(
                     "seed": seed,
                     "noise": noise,
                     "hold": hold,
+                    "encoder": encoder,
                 }
             )
         )
         _check(settings)
+        text_encoder(encoder).encode([""])  # a model that cannot be loaded is known before the work
         partial = partial_folder(store)
         if store.exists():
             _check_same(store, settings)
@@ -267,7 +271,7 @@ def _pack(store: Path, folder: Path, jobs: _Jobs, settings: dict[str, Any], env:
     )
     for episode in progress(episodes, description="packing", unit="demonstrations"):
         writer.append(_stored(read_arrays(attempt_file(folder, episode.seed))))
-    encoder = HashedTextEncoder()
+    encoder = text_encoder(settings["encoder"])
     writer.finish(
         ends,
         segments=np.stack([ends - lengths, ends, np.array(rows, np.int64)], axis=1),

@@ -78,6 +78,11 @@ class SentenceTransformerEncoder:
         return np.asarray(self._model.encode(list(texts), normalize_embeddings=True), np.float32)
 
 
+def text_encoder(name: str) -> HashedTextEncoder | SentenceTransformerEncoder:
+    """The encoder of that name: ours, or any model of sentence-transformers."""
+    return HashedTextEncoder() if name == HashedTextEncoder.name else SentenceTransformerEncoder(name)
+
+
 def _encode(text: str) -> np.ndarray:
     plain = unicodedata.normalize("NFKD", text).casefold()
     words = re.findall(r"[^\W_]+", "".join(c for c in plain if not unicodedata.combining(c))) or [""]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,3 +257,22 @@ def test_play_table_demonstrations_replay_to_the_last_bit(tmp_path):
             solved.append(info["success"])
         assert solved[-4], "three steps are held after success"
         assert not any(solved[:-4])
+
+
+def test_sentences_by_a_sentence_model(tmp_path, monkeypatch):
+    class Model:
+        def __init__(self, name):
+            self.name = name
+
+        def encode(self, texts, normalize_embeddings):
+            return np.array([[len(text), 1.0] for text in texts])
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Model))
+    generate(tmp_path / "a.zarr", **SETTINGS | {"encoder": "some/model"})
+    language = EpisodeStore.open(tmp_path / "a.zarr").language
+    assert language["encoder"] == "some/model"
+    assert language["embeddings"][:, 0].tolist() == [len(text) for text in language["texts"]]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match=r"lightning_robot\[calvin\]"):
+        generate(tmp_path / "b.zarr", **SETTINGS | {"encoder": "some/model"})
+    assert not list(tmp_path.glob("b.zarr*"))
