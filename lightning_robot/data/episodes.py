@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -263,17 +266,23 @@ class EpisodeDataModule(LightningDataModule):
 
     # What policies ask for.
 
-    def statistics(self, keys: tuple[str, ...] | list[str]) -> dict[str, Statistics]:
+    def statistics(
+        self, keys: tuple[str, ...] | list[str], transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ) -> dict[str, Statistics]:
         """Statistics over the frames that training windows see, each counted once; the same on every rank.
 
         Args:
             keys: batch keys. Of a coloured cloud of which the policy reads positions only, those count.
+            transform: of a policy that changes state or action: statistics are then those of its outcome, over the steps of
+                all training windows (those beyond an episode's ends left out).
 
         Raises:
             StoreError: the data lack a key, or hold values that are not finite.
         """
         if self.store is None:
             raise RuntimeError("Call setup() first: statistics need the split into training and validation.")
+        if transform is not None:
+            return self._transformed_statistics(keys, transform)
         covered = np.zeros(self.store.num_frames, np.int8)
         for start, end in self.train_windows.spans[:, :2]:
             covered[start:end] = 1
@@ -306,10 +315,15 @@ class EpisodeDataModule(LightningDataModule):
                 f"{store.path} holds no {', '.join(missing)}, which the policy reads; it holds {', '.join(store.keys)}. "
                 "Convert or generate with these, or choose a policy that does without."
             )
-        wanted: dict[str, int | None] = dict.fromkeys((*self.window.keys, "action"))
         select = getattr(module, "select_features", None)
+        selected = select(store.features).observations if select is not None else {}
+        if selected and set(selected) != set(
+            self.window.keys
+        ):  # a policy may leave it to the data which keys there are, such as cameras
+            self.window = dataclasses.replace(self.window, keys=tuple(selected))
+        wanted: dict[str, int | None] = dict.fromkeys((*self.window.keys, "action"))
         if select is not None:
-            for key, feature in select(store.features).observations.items():
+            for key, feature in selected.items():
                 if key in wanted and "point_cloud" in key and feature.shape[-1] < store.shape(key)[-1]:
                     wanted[key] = feature.shape[-1]
         return wanted
@@ -412,6 +426,19 @@ class EpisodeDataModule(LightningDataModule):
             except ValueError as error:
                 raise StoreError(f"{store.path}: {key}, frames {begin} to {end}: {error}.") from error
         return accumulator.result()
+
+    def _transformed_statistics(
+        self, keys: tuple[str, ...] | list[str], transform: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> dict[str, Statistics]:
+        accumulators = {key: StatisticsAccumulator() for key in keys}
+        windows = copy.copy(self.train_windows)
+        windows.keys = tuple(key for key in windows.keys if not key.startswith(("observation.images.", "observation.depth.")))
+        for begin in progress(range(0, len(windows), 1024), description="statistics after transforms", unit="blocks"):
+            batch = transform(windows.__getitems__(list(range(begin, min(begin + 1024, len(windows))))))
+            for key, accumulator in accumulators.items():
+                values = batch[key][~batch["action_is_pad"]] if key == "action" else batch[key]
+                accumulator.update(values.numpy())
+        return {key: accumulator.result() for key, accumulator in accumulators.items()}
 
     def _training_sampler(self) -> EpisodeBatchSampler:
         trainer = self.trainer

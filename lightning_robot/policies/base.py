@@ -7,6 +7,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_robot.console import say
 from lightning_robot.features import Features, check_compatible
 from lightning_robot.networks.noise import mix_seeds
+from lightning_robot.transforms.named import Transforms
 from lightning_robot.transforms.normalizer import Normalizer
 from lightning_robot.transforms.statistics import Statistics
 from lightning_robot.transforms.text import HashedTextEncoder
@@ -60,6 +62,8 @@ class Policy(ABC):
         action_horizon: H, actions that the network predicts.
         execution_horizon: actions executed before the next query, unless the controller is told otherwise.
         action_offset: see `Window`.
+        ensembling: ``coefficient`` and ``direction`` of temporal ensembling, where the policy is meant to be ensembled.
+        postprocess: steps that the controller applies to every action (`lightning_robot.transforms.postprocess`).
         features: what the policy was trained on; set once the networks are built.
     """
 
@@ -67,12 +71,17 @@ class Policy(ABC):
     action_horizon: int
     execution_horizon: int
     action_offset: int = 0
+    ensembling: dict[str, Any] | None = None
     features: Features
 
     @property
     @abstractmethod
     def observation_keys(self) -> tuple[str, ...]:
         """Keys of the observation that the policy reads."""
+
+    @property
+    def postprocess(self) -> list[dict[str, Any]]:
+        return []
 
     @property
     def window(self) -> Window:
@@ -116,38 +125,84 @@ class Policy(ABC):
 class ImitationPolicy(Policy, LightningModule):
     """A policy that learns from demonstrations: batch in, loss out; Lightning does the rest.
 
-    A subclass sets the horizons, calls ``self.save_hyperparameters(logger=False)`` in its own ``__init__`` (with arguments
-    ``features: dict | None = None`` and ``language: dict | None = None``), and implements `observation_keys`, `build`,
-    `compute_loss` and `predict_action_chunk`. The networks are built in `configure_model`, when the features are known: from
-    the data module at the first fit, from the hyper-parameters afterwards, so that a checkpoint alone is enough to act.
+    A subclass sets the horizons, calls ``self.save_hyperparameters(logger=False)`` in its own ``__init__`` (with the arguments
+    ``transforms``, ``postprocess``, ``features`` and ``language``, all None unless given), and implements `observation_keys`,
+    `build`, `compute_loss` and `_predict`. These four know only what is there *after* the transforms. The networks are built
+    in `configure_model`, when the features are known: from the data module at the first fit, from the hyper-parameters
+    afterwards, so that a checkpoint alone is enough to act.
 
     Attributes:
         normalization: mode of the normaliser for each key: ``limits``, ``mean_std``, ``quantiles`` or ``identity``.
         uses_task: whether the policy reads ``task_embedding``.
+        features: what data and environments offer, as far as the policy reads it.
+        network_features: the same after the transforms: what the networks see.
         normalizer: physical units to the network's and back; float32 whatever the precision.
     """
 
     normalization: dict[str, str]
     uses_task: bool = False
+    network_features: Features
     normalizer: Normalizer
 
     @abstractmethod
     def build(self) -> None:
-        """Creates the networks; `self.features` is known."""
+        """Creates the networks; `self.network_features` is known."""
 
     @abstractmethod
     def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss and its named parts (detached scalars, may be empty)."""
+        """Loss of a transformed batch: a scalar, and its named parts (detached scalars, may be empty)."""
+
+    @abstractmethod
+    def _predict(
+        self,
+        observation: dict[str, Any],
+        noise_seeds: Tensor | None,
+        num_samples: int,
+        guidance: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """`predict_action_chunk` between the transforms: of a transformed observation, before the inverse transforms."""
+
+    def predict_action_chunk(
+        self,
+        observation: dict[str, Any],
+        *,
+        noise_seeds: Tensor | None = None,
+        num_samples: int = 1,
+        guidance: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        actions = self._predict(self.transforms.apply(observation), noise_seeds, num_samples, guidance)
+        return self.transforms.invert(actions, observation)
+
+    @cached_property
+    def transforms(self) -> Transforms:
+        return Transforms(self.hparams.get("transforms") or ())
+
+    @property
+    def postprocess(self) -> list[dict[str, Any]]:
+        return self.hparams.get("postprocess") or []
+
+    @property
+    def window(self) -> Window:
+        return replace(super().window, keys=self.transforms.sources(self.observation_keys))
+
+    def choose_keys(self, offered: Features) -> tuple[str, ...]:
+        """Which of the offered observation keys (after the transforms) the policy reads; `observation_keys` by itself."""
+        return self.observation_keys
 
     def select_features(self, offered: Features) -> Features:
-        """What the policy keeps of the data's features: the keys it reads."""
-        missing = [key for key in self.observation_keys if key not in offered.observations]
+        """What the policy keeps of the data's features: the keys it reads.
+
+        Raises:
+            KeyError: something that it reads is not offered.
+        """
+        keys = self.transforms.sources(self.choose_keys(self.transforms.features(offered)))
+        missing = [key for key in keys if key not in offered.observations]
         if missing:
             raise KeyError(
                 f"{type(self).__name__} reads {', '.join(missing)}, which the data does not offer. It offers "
                 f"{', '.join(offered.observations)}."
             )
-        return replace(offered, observations={key: offered.observations[key] for key in self.observation_keys})
+        return replace(offered, observations={key: offered.observations[key] for key in keys})
 
     def select_statistics(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """What the policy keeps of the data's statistics, where `select_features` keeps a part of a feature."""
@@ -183,17 +238,29 @@ class ImitationPolicy(Policy, LightningModule):
                 self.hparams["language"] = data.language
         self.features = Features.from_dict(self.hparams["features"])
         if data is not None and not fresh:
-            for note in check_compatible(self.features, data.features, self.observation_keys):
+            for note in check_compatible(self.features, data.features, tuple(self.features.observations)):
                 say(note)
+        self.network_features = self.transforms.features(self.features)
         self.build()
         if fresh:
-            needed = tuple(key for key, mode in self.normalization.items() if mode != "identity")
-            assert data is not None
-            names = {key: feature.names for key, feature in self.features.observations.items()}
-            names["action"] = self.features.action.names
-            self.normalizer = Normalizer(self.select_statistics(data.statistics(needed)), self.normalization, names)
+            self.fit_normalization(data)
         else:
-            self.normalizer = Normalizer.from_features(self.features, self.normalization)
+            self.normalizer = Normalizer.from_features(self.network_features, self.normalization)
+
+    def fit_normalization(self, data: Any) -> None:
+        """Makes the normaliser from the data's statistics after the transforms; called once, when the networks are built.
+
+        Args:
+            data: the data module, with `statistics(keys)`.
+        """
+        needed = tuple(key for key, mode in self.normalization.items() if mode != "identity")
+        if self.transforms.change_vectors:
+            statistics = data.statistics(needed, self.transforms.apply)
+        else:
+            statistics = data.statistics(needed)
+        names = {key: feature.names for key, feature in self.network_features.observations.items()}
+        names["action"] = self.network_features.action.names
+        self.normalizer = Normalizer(self.select_statistics(statistics), self.normalization, names)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return self._logged_loss(batch, "train")
@@ -219,7 +286,7 @@ class ImitationPolicy(Policy, LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _logged_loss(self, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> Tensor:
-        loss, parts = self.compute_loss(batch)
+        loss, parts = self.compute_loss(self.transforms.apply(batch))
         values = {f"{stage}/loss": loss.detach()} | {f"{stage}/{name}": part for name, part in parts.items()}
         # Times the ranks: the mean over them, rows / ranks, stays a whole number. Lightning cuts off what is behind the point.
         rows = len(batch["action"]) * self.trainer.world_size
@@ -274,7 +341,7 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
     """Loads a policy from a checkpoint alone: no data, no configuration.
 
     Args:
-        path: a checkpoint written by this project's training.
+        path: a checkpoint written by this project's training, or a folder with a LeRobot checkpoint (``config.json``).
         weights: averaged or raw weights; None takes the averaged ones where there are any.
         device: where the policy goes.
 
@@ -286,6 +353,10 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
         ValueError: the file is no checkpoint of this project, or of another format, or lacks the wanted weights.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        from lightning_robot.policies.lerobot_checkpoints import load_lerobot_policy
+
+        return load_lerobot_policy(path).to(device).eval()
     if not path.is_file():
         beside = sorted(item.name for item in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))

@@ -57,6 +57,8 @@ class DP3(ImitationPolicy):
         weight_decay: of AdamW, on all parameters.
         warmup_steps: optimizer steps of linear warm-up, before half a cosine to zero. A run so short that the warm-up would
             take more than half of it warms up for a tenth of it instead, and says so.
+        transforms: between the data and the networks, in order (`lightning_robot.transforms.named`).
+        postprocess: of executed actions, in order (`lightning_robot.transforms.postprocess`).
         features: what the data offers; None takes it from the data module.
         language: table of sentence vectors, where conditioned on the task; None takes it from the data module.
     """
@@ -92,6 +94,8 @@ class DP3(ImitationPolicy):
         epsilon: float = 1e-8,
         weight_decay: float = 1e-6,
         warmup_steps: int = 500,
+        transforms: list[dict[str, Any]] | None = None,
+        postprocess: list[dict[str, Any]] | None = None,
         features: dict[str, Any] | None = None,
         language: dict[str, Any] | None = None,
     ) -> None:
@@ -163,7 +167,8 @@ class DP3(ImitationPolicy):
 
     def build(self) -> None:
         options = self.hparams
-        state_size, action_size = self.features.observations[STATE].shape[-1], self.features.action.shape[-1]
+        features = self.network_features
+        state_size, action_size = features.observations[STATE].shape[-1], features.action.shape[-1]
         encoder_size = options["encoder_size"]
         self.cloud_encoder = PointNet(
             self._cloud_channels, encoder_size, options["point_layer_norm"], options["final_layer_norm"]
@@ -207,7 +212,7 @@ class DP3(ImitationPolicy):
         if "action" not in batch or "noise" in batch:
             return batch
         seeds = self.window_seeds(batch)
-        noise = seeded_normal(seeds, 0, 0, tuple(batch["action"].shape[1:]))
+        noise = seeded_normal(seeds, 0, 0, (self.action_horizon, self.network_features.action.shape[-1]))
         timesteps = seeded_integers(seeds, 0, 1, self.hparams["diffusion_steps"])
         return {**batch, "noise": noise, "timesteps": timesteps}
 
@@ -255,18 +260,17 @@ class DP3(ImitationPolicy):
         return condition
 
     @torch.no_grad()
-    def predict_action_chunk(
+    def _predict(
         self,
         observation: dict[str, Any],
-        *,
-        noise_seeds: Tensor | None = None,
-        num_samples: int = 1,
-        guidance: Callable[[Tensor], Tensor] | None = None,
+        noise_seeds: Tensor | None,
+        num_samples: int,
+        guidance: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         if guidance is not None:
             raise ValueError(f"{type(self).__name__} does not support guidance yet; call it with guidance=None.")
         condition = self.encode(observation)
-        rows, shape = len(condition), (self.action_horizon, self.features.action.shape[-1])
+        rows, shape = len(condition), (self.action_horizon, self.network_features.action.shape[-1])
         seeds = torch.randint(2**62, (rows,)) if noise_seeds is None else noise_seeds
 
         def draw(number: int) -> Tensor:

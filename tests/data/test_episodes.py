@@ -161,7 +161,7 @@ class Reads(LightningModule):
         self.seen = []
 
     def select_features(self, offered):
-        observations = dict(offered.observations)
+        observations = {key: offered.observations[key] for key in self.window.keys}
         if self.channels:
             observations["observation.point_cloud"] = Feature(
                 (*observations["observation.point_cloud"].shape[:1], self.channels)

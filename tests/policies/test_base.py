@@ -34,7 +34,7 @@ class Linear(ImitationPolicy):
         prediction = self.network(state).unflatten(1, (4, -1))
         return (prediction - self.normalizer.normalize("action", batch["action"])).square().mean(), {}
 
-    def predict_action_chunk(self, observation, *, noise_seeds=None, num_samples=1, guidance=None):
+    def _predict(self, observation, noise_seeds, num_samples, guidance):
         state = self.normalizer.normalize("observation.state", observation["observation.state"][:, -1])
         return self.normalizer.unnormalize("action", self.network(state).unflatten(1, (4, -1)))[:, None]
 

@@ -32,6 +32,8 @@ class TinyPolicy(ImitationPolicy):
         learning_rate: step size of AdamW.
         dropout: probability.
         extra: anything, to try what a checkpoint accepts.
+        transforms: see `ImitationPolicy`.
+        postprocess: see `ImitationPolicy`.
         features: see `ImitationPolicy`.
         language: see `ImitationPolicy`.
     """
@@ -44,6 +46,8 @@ class TinyPolicy(ImitationPolicy):
         learning_rate: float = 1e-2,
         dropout: float = 0.2,
         extra: Any = None,
+        transforms: list[dict[str, Any]] | None = None,
+        postprocess: list[dict[str, Any]] | None = None,
         features: dict[str, Any] | None = None,
         language: dict[str, Any] | None = None,
     ) -> None:
@@ -75,7 +79,7 @@ class TinyPolicy(ImitationPolicy):
             error = error + 0.01 * torch.randn_like(error)
         return error.pow(2).mean(), {}
 
-    def predict_action_chunk(self, observation, *, noise_seeds=None, num_samples=1, guidance=None):
+    def _predict(self, observation, noise_seeds, num_samples, guidance):
         state = self.normalizer.normalize("observation.state", observation["observation.state"][:, -1])
         action = self.network(state).reshape(-1, 1, 2, 2)
         return self.normalizer.unnormalize("action", action).expand(-1, num_samples, -1, -1)
