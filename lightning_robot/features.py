@@ -96,21 +96,32 @@ def check_compatible(trained: Features, offered: Features, keys: tuple[str, ...]
         if want is None:
             errors.append(f"{key}: the policy reads it but was trained on {', '.join(trained.observations)}.")
         elif have is None:
-            errors.append(
-                f"{key}: the policy needs it; offered are {', '.join(offered.observations)}. Store or render it, or train a "
-                "policy without it."
-            )
+            remedy = "Store or render it, or train a policy without it."
+            if key.startswith(("observation.images.", "observation.depth.")):
+                remedy = (
+                    "Give the camera that name, or rename it for the policy (transforms: "
+                    "lightning_robot.transforms.named.RenameCameras)."
+                )
+            errors.append(f"{key}: the policy needs it; offered are {', '.join(offered.observations)}. {remedy}")
         elif want.shape != have.shape and not _is_wider_cloud(key, want, have):
             setting = (
                 "set the number of points of the environment or of the conversion" if "cloud" in key else "check the source"
             )
             errors.append(f"{key}: trained on shape {want.shape}, offered {have.shape}; {setting}.")
+        elif want.dtype != have.dtype and "uint8" in (want.dtype, have.dtype):  # counts 0 to 255 against physical values
+            errors.append(f"{key}: trained on {want.dtype}, offered {have.dtype}: another scale of values.")
+        elif want.unit and have.unit and want.unit != have.unit:
+            errors.append(f"{key}: trained in {want.unit!r}, offered in {have.unit!r}; choose the same units at the source.")
         elif want.names and have.names and want.names != have.names:
             errors.append(f"{key}: element names differ: trained on {want.names}, offered {have.names}.")
         elif want.frame and have.frame and want.frame != have.frame:
             errors.append(f"{key}: trained in frame {want.frame!r}, offered in {have.frame!r}.")
     if trained.action.shape != offered.action.shape:
         errors.append(f"action: trained on shape {trained.action.shape}, offered {offered.action.shape}.")
+    elif trained.action.unit and offered.action.unit and trained.action.unit != offered.action.unit:
+        errors.append(
+            f"action: trained in {trained.action.unit!r}, offered in {offered.action.unit!r}; choose the same units at the source."
+        )
     elif trained.action.names and offered.action.names and trained.action.names != offered.action.names:
         errors.append(f"action: element names differ: trained on {trained.action.names}, offered {offered.action.names}.")
     for index, (wanted, given) in enumerate(zip(_parts(trained), _parts(offered), strict=False)):

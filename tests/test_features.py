@@ -46,11 +46,26 @@ def test_missing_key_is_named_with_what_is_offered(features):
         ("observation.state", {"names": ("gripper", "x")}, "element names differ"),
         ("observation.state", {"frame": "base"}, "'world', offered in 'base'"),
         ("observation.point_cloud", {"shape": (32, 3)}, "set the number of points"),
+        ("observation.point_cloud", {"unit": "mm"}, "trained in 'm', offered in 'mm'"),
+        ("observation.state", {"dtype": "uint8"}, "trained on float32, offered uint8"),
     ],
 )
 def test_differences_are_refused_by_name(features, key, changes, message):
     with pytest.raises(IncompatibleFeatures, match=message):
         check_compatible(features, with_observation(features, key, **changes))
+
+
+def test_a_camera_of_another_name_is_refused_with_both_names_and_the_remedy(features):
+    trained = replace(features, observations={"observation.images.top": Feature((3, 8, 8), dtype="uint8")})
+    offered = replace(features, observations={"observation.images.overhead": Feature((3, 8, 8), dtype="uint8")})
+    with pytest.raises(IncompatibleFeatures, match=r"images\.top: .*offered are observation\.images\.overhead\..*RenameCameras"):
+        check_compatible(trained, offered)
+
+
+def test_actions_in_other_units_are_refused(features):
+    degrees, radians = (replace(features, action=replace(features.action, unit=unit)) for unit in ("deg", "rad"))
+    with pytest.raises(IncompatibleFeatures, match="action: trained in 'deg', offered in 'rad'"):
+        check_compatible(degrees, radians)
 
 
 def test_coloured_cloud_serves_a_policy_without_colours(features):
