@@ -120,7 +120,8 @@ def check_compatible(trained: Features, offered: Features, keys: tuple[str, ...]
         errors.append(f"action: trained on shape {trained.action.shape}, offered {offered.action.shape}.")
     elif trained.action.unit and offered.action.unit and trained.action.unit != offered.action.unit:
         errors.append(
-            f"action: trained in {trained.action.unit!r}, offered in {offered.action.unit!r}; choose the same units at the source."
+            f"action: trained in {trained.action.unit!r}, offered in {offered.action.unit!r}; choose the same units in the "
+            "environment or the conversion."
         )
     elif trained.action.names and offered.action.names and trained.action.names != offered.action.names:
         errors.append(f"action: element names differ: trained on {trained.action.names}, offered {offered.action.names}.")

@@ -58,7 +58,9 @@ def test_differences_are_refused_by_name(features, key, changes, message):
 def test_a_camera_of_another_name_is_refused_with_both_names_and_the_remedy(features):
     trained = replace(features, observations={"observation.images.top": Feature((3, 8, 8), dtype="uint8")})
     offered = replace(features, observations={"observation.images.overhead": Feature((3, 8, 8), dtype="uint8")})
-    with pytest.raises(IncompatibleFeatures, match=r"images\.top: .*offered are observation\.images\.overhead\..*RenameCameras"):
+    with pytest.raises(
+        IncompatibleFeatures, match=r"images\.top: .*offered are observation\.images\.overhead\..*RenameCameras"
+    ):
         check_compatible(trained, offered)
 
 
