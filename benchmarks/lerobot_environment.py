@@ -28,8 +28,8 @@ REQUIREMENTS = {
     ),
     "0.4.4": (
         "numpy<2.3 opencv-python-headless<4.13 Pillow<13 einops draccus==0.10.0 huggingface-hub<0.36 requests gymnasium "
-        "safetensors packaging termcolor tqdm datasets<4.2 pandas<3 pyarrow av==15.1.0 jsonlines diffusers<0.36 imageio[ffmpeg] "
-        "deepdiff cachebox pyserial"
+        "safetensors packaging termcolor tqdm datasets<4.2 pandas<3 pyarrow av==15.1.0 jsonlines diffusers<0.36 deepdiff "
+        "imageio[ffmpeg] cachebox pyserial"
     ),
 }
 
@@ -72,14 +72,12 @@ def build(folder: Path, version: str) -> Path:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "install", *REQUIREMENTS[version].split()], check=True)
     wheel_folder = folder / "wheel"
+    anywhere = ["--no-deps", "--python-version", "3.12", "--only-binary=:all:"]
     # declared for another Python and an older torch: downloaded as for 3.12, installed without its requirements
-    subprocess.run(
-        [*pip, "download", f"lerobot=={version}", "--no-deps", "--python-version", "3.12", "--only-binary=:all:"]
-        + ["-d", str(wheel_folder)],
-        check=True,
-    )
+    subprocess.run([*pip, "download", f"lerobot=={version}", *anywhere, "-d", str(wheel_folder)], check=True)
     (wheel,) = wheel_folder.glob("lerobot-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--force-reinstall", "--ignore-requires-python", str(wheel)], check=True)
+    again = ["--no-deps", "--force-reinstall", "--ignore-requires-python"]
+    subprocess.run([*pip, "install", *again, str(wheel)], check=True)
     (site,) = (folder / "lib").glob("python*/site-packages")
     if sys.version_info < (3, 12):
         for file in (site / "lerobot").rglob("*.py"):

@@ -37,6 +37,9 @@ class Normalizer(nn.Module):
     Source: `LinearNormalizer` of the Diffusion Policy and DP3 code, in words (arXiv 2303.04137, 2403.03954). It reshapes data
     to the size of its statistics, so that a wrong size may pass unseen; here sizes must agree.
 
+    Values set from elsewhere may have a `center` too, ``(x - center) * scale + offset``: where the spread is a millionth of the
+    value or less, a single offset would round it away.
+
     A normalizer made by `from_features` has sizes but no values yet: it refuses to work until `set_statistics` or
     `load_state_dict` gave them. It is float32 whatever happens to the module around it (`half()`, bf16 parameters), and keeps
     its values when the module around it is built or moved without them (meta device, `to_empty`).
@@ -104,12 +107,19 @@ class Normalizer(nn.Module):
             NormalizationError: unknown key, no values yet, or D is not the size of the statistics.
         """
         values = self._values(key, value)
-        return value.float() if values is None else value.float() * values[0] + values[1]
+        if values is None:
+            return value.float()
+        scale, offset, center = values
+        return (value.float() if center is None else value.float() - center) * scale + offset
 
     def unnormalize(self, key: str, value: Tensor) -> Tensor:
         """Network units to physical units; arguments as in `normalize`."""
         values = self._values(key, value)
-        return value.float() if values is None else (value.float() - values[1]) / values[0]
+        if values is None:
+            return value.float()
+        scale, offset, center = values
+        physical = (value.float() - offset) / scale
+        return physical if center is None else physical + center
 
     def set_statistics(self, statistics: Mapping[str, Statistics], names: Mapping[str, tuple[str, ...]] | None = None) -> None:
         """Computes all values from statistics, and says in one message which elements hardly vary.
@@ -134,15 +144,17 @@ class Normalizer(nn.Module):
             listed = "; ".join(f"{key}: {', '.join(elements)}" for key, elements in constant.items())
             say(f"Nearly constant (range or deviation below {CONSTANT:g}), therefore not scaled: {listed}.")
 
-    def set_values(self, key: str, scale: Any, offset: Any) -> None:
+    def set_values(self, key: str, scale: Any, offset: Any, center: Any = None) -> None:
         """Sets scale and offset of one key directly, e.g. from a published checkpoint.
 
         Args:
             key: a key whose mode is not ``identity``.
             scale: (D,)
             offset: (D,)
+            center: (D,), subtracted before scaling; None for none.
         """
-        for name, value in (("scale", scale), ("offset", offset)):
+        self._keep_center(key, center is not None)
+        for name, value in (("scale", scale), ("offset", offset), *((("center", center),) if center is not None else ())):
             value = torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1)
             buffer = self.get_buffer(_buffer_name(key, name))
             _check_size(key, len(value), len(buffer))
@@ -169,8 +181,17 @@ class Normalizer(nn.Module):
             self.register_buffer(_buffer_name(key, "scale"), torch.ones(self.sizes[key], dtype=torch.float32, device="cpu"))
             self.register_buffer(_buffer_name(key, "offset"), torch.zeros(self.sizes[key], dtype=torch.float32, device="cpu"))
 
-    def _values(self, key: str, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Scale and offset, None for identity."""
+    def _keep_center(self, key: str, wanted: bool) -> None:
+        """Creates or drops the buffer of the center: most keys have none, nor have their checkpoints."""
+        name = _buffer_name(key, "center")
+        if not wanted:
+            self._buffers.pop(name, None)
+        elif name not in self._buffers:
+            device = self.get_buffer(_buffer_name(key, "scale")).device
+            self.register_buffer(name, torch.zeros(self.sizes[key], dtype=torch.float32, device=device))
+
+    def _values(self, key: str, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Scale, offset and center (where there is one), None for identity."""
         mode = self.modes.get(key)
         if mode is None:
             raise NormalizationError(f"{key}: this policy does not normalise it; it knows {', '.join(self.modes)}.")
@@ -182,7 +203,8 @@ class Normalizer(nn.Module):
             raise NormalizationError(
                 f"{key}: the normalizer has no statistics yet. Train the policy (fit computes them) or load a checkpoint."
             )
-        return self.get_buffer(_buffer_name(key, "scale")), self.get_buffer(_buffer_name(key, "offset"))
+        scale, offset = self.get_buffer(_buffer_name(key, "scale")), self.get_buffer(_buffer_name(key, "offset"))
+        return scale, offset, self._buffers.get(_buffer_name(key, "center"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
         """Follows moves between devices; ignores changes of type, and whatever would drop the values."""
@@ -200,6 +222,7 @@ class Normalizer(nn.Module):
             loaded = state_dict.get(prefix + _buffer_name(key, "scale"))
             if loaded is not None:
                 _check_size(key, loaded.numel(), self.sizes[key])
+                self._keep_center(key, prefix + _buffer_name(key, "center") in state_dict)
                 self._fitted.add(key)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

@@ -158,3 +158,18 @@ def test_is_built_with_values_under_a_meta_device_and_another_default_type():
     assert normalizer.action_scale.device.type == "cpu"
     assert torch.equal(normalizer.action_scale, expected.action_scale)
     assert torch.equal(normalizer.action_offset, expected.action_offset)
+
+
+def test_a_center_keeps_a_spread_far_below_the_value() -> None:
+    modes = {"action": "limits"}
+    normalizer = Normalizer.from_sizes({"action": 2}, modes)
+    normalizer.set_values("action", scale=[2e8, 0.5], offset=[-1, 0], center=[12.7, 3.0])
+    values = torch.tensor([12.7, 5.0])
+    assert normalizer.normalize("action", values).tolist() == [-1.0, 1.0]
+    torch.testing.assert_close(normalizer.unnormalize("action", torch.tensor([-1.0, 1.0])), values, rtol=0, atol=0)
+
+    loaded = Normalizer.from_sizes({"action": 2}, modes)
+    loaded.load_state_dict(normalizer.state_dict())
+    assert loaded.normalize("action", values).tolist() == [-1.0, 1.0]
+    normalizer.set_values("action", scale=[1, 1], offset=[0, 0])
+    assert normalizer.state_dict().keys() == {"action_scale", "action_offset"}
