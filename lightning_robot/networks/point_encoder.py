@@ -34,6 +34,7 @@ class PointNet(nn.Module):
         elif channels != 3:
             raise ValueError(f"A point has 3 channels (XYZ) or 6 (XYZRGB), not {channels}.")
         self.mlp = nn.Sequential(*layers)
+        self.size = feature_size
         self.pooled_size = 512 if channels == 6 else 256
         self.projection = nn.Sequential(nn.Linear(self.pooled_size, feature_size))
         if final_norm:

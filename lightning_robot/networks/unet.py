@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,9 +17,10 @@ class ConditionalUnet(nn.Module):
     """Predicts from a noisy action chunk the clean one (or the noise), as in Diffusion Policy, DP3 and Simple DP3.
 
     Levels go down by strided and up by transposed convolutions; skips join at every level but the first. All residual blocks
-    see the same vector, the time embedding joined with the condition g, each through its own linear map of Mish(g).
+    see the same vector, the time embedding joined with the condition g, each through its own linear map of Mish(g). What that
+    map gives is multiplied with and added to the features: by the scale itself, not by one plus it.
 
-    Sources: Chi et al. 2023 (Diffusion Policy); Ze et al. 2024 (DP3), which multiplies by the scale, not by one plus it.
+    Sources: Chi et al. 2023 (Diffusion Policy); Ze et al. 2024 (DP3).
 
     Args:
         action_size: A.
@@ -30,6 +31,7 @@ class ConditionalUnet(nn.Module):
         groups: of the group normalisation; the last block always has 8, as published.
         embedding_size: d of the time embedding, even.
         num_timesteps: time steps are integers below it.
+        scales: whether blocks are scaled and shifted (published), or shifted alone.
     """
 
     sinusoids: Tensor
@@ -44,6 +46,7 @@ class ConditionalUnet(nn.Module):
         groups: int = 8,
         embedding_size: int = 128,
         num_timesteps: int = 100,
+        scales: bool = True,
     ) -> None:
         super().__init__()
         if down_dims[0] % 8 or any(width % groups for width in down_dims):
@@ -62,6 +65,7 @@ class ConditionalUnet(nn.Module):
                     embedding_size + condition_size,
                     kernel_size,
                     groups,
+                    scales,
                 )
                 for index in range(blocks_per_level)
             )
@@ -84,7 +88,7 @@ class ConditionalUnet(nn.Module):
 
         Args:
             x: (B, H, A) noisy normalised actions; H a multiple of 2 to the number of levels less one.
-            modulations: from `modulations`, or the sum of `time_modulations` and `condition_modulations`.
+            modulations: from `conditioning` or `conditioning_per_step`.
 
         Returns:
             (B, H, A).
@@ -108,7 +112,7 @@ class ConditionalUnet(nn.Module):
         levels = [*(level.blocks for level in self.down), self.middle, *(level.blocks for level in self.up)]
         return [block for blocks in levels for block in blocks]  # type: ignore[union-attr]
 
-    def modulations(self, timesteps: Tensor, condition: Tensor) -> list[Tensor]:
+    def conditioning(self, timesteps: Tensor, condition: Tensor) -> list[Tensor]:
         """Scales and shifts of all residual blocks, as in training.
 
         Args:
@@ -116,13 +120,24 @@ class ConditionalUnet(nn.Module):
             condition: (B, G).
 
         Returns:
-            For each of `residual_blocks` (B, 2 channels): scales, then shifts.
+            For each of `residual_blocks` (B, 2 channels): scales, then shifts (or (B, channels) shifts).
         """
         joined = F.mish(torch.cat((self.embed_time(timesteps), condition), 1))
         return [block.film(joined) for block in self.residual_blocks()]
 
+    def conditioning_per_step(self, timesteps: Tensor, condition: Tensor) -> Iterable[list[Tensor]]:
+        """`conditioning` of all rows at one time step after the other, as in denoising.
+
+        Args:
+            timesteps: (K,) int64.
+            condition: (B, G).
+        """
+        of_time, of_condition = self.time_modulations(timesteps), self.condition_modulations(condition)
+        for step in range(len(timesteps)):
+            yield [time[step] + fixed for time, fixed in zip(of_time, of_condition)]
+
     def condition_modulations(self, condition: Tensor) -> list[Tensor]:
-        """The condition's part of `modulations`: the same for every denoising step, so computed once per chunk.
+        """The condition's part of `conditioning`: the same for every denoising step, so computed once per chunk.
 
         With g = [e, c], W·Mish(g) + b = W_e·Mish(e) + (W_c·Mish(c) + b).
 
@@ -136,7 +151,7 @@ class ConditionalUnet(nn.Module):
         return [F.linear(active, block.film.weight[:, size:], block.film.bias) for block in self.residual_blocks()]
 
     def time_modulations(self, timesteps: Tensor) -> list[Tensor]:
-        """The time's part of `modulations`: for each of `residual_blocks` (K, 2 channels), for (K,) int64 `timesteps`."""
+        """The time's part of `conditioning`: for each of `residual_blocks` (K, 2 channels), for (K,) int64 `timesteps`."""
         active, size = F.mish(self.embed_time(timesteps)), self.embedding_size
         return [F.linear(active, block.film.weight[:, :size]) for block in self.residual_blocks()]
 
@@ -174,17 +189,25 @@ class Level(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolution blocks with a modulation between them, and a shortcut."""
 
-    def __init__(self, channels_in: int, channels_out: int, condition_size: int, kernel_size: int, groups: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, condition_size: int, kernel_size: int, groups: int, scales: bool = True
+    ) -> None:
         super().__init__()
+        self.scales = scales
         self.first = ConvolutionBlock(channels_in, channels_out, kernel_size, groups)
         self.second = ConvolutionBlock(channels_out, channels_out, kernel_size, groups)
-        self.film = nn.Linear(condition_size, 2 * channels_out)  # of Mish(g)
+        self.film = nn.Linear(condition_size, (2 if scales else 1) * channels_out)  # of Mish(g)
         self.shortcut = Convolution(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """(B, channels_in, L) and (B, 2 channels_out) -> (B, channels_out, L)."""
-        scale, shift = modulation.unsqueeze(2).chunk(2, 1)
-        return self.second(self.first(x) * scale + shift) + self.shortcut(x)
+        """(B, channels_in, L) and (B, 2 channels_out), or shifts alone, -> (B, channels_out, L)."""
+        between, modulation = self.first(x), modulation.unsqueeze(2)
+        if self.scales:
+            scale, shift = modulation.chunk(2, 1)
+            between = between * scale + shift
+        else:
+            between = between + modulation
+        return self.second(between) + self.shortcut(x)
 
 
 class ConvolutionBlock(nn.Module):

@@ -36,7 +36,7 @@ def test_the_batch_stays_innermost_on_a_cpu():
     for module in unet.modules():
         if isinstance(module, Convolution):
             module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    unet(torch.randn(300, 16, 7), unet.modulations(torch.arange(300) % 100, torch.randn(300, 12)))
+    unet(torch.randn(300, 16, 7), unet.conditioning(torch.arange(300) % 100, torch.randn(300, 12)))
     assert len(seen) > 20
     assert all(x.permute(1, 2, 0).is_contiguous() for x in seen if x.shape[1] != 7)  # 7: the caller's chunk
 
@@ -44,22 +44,22 @@ def test_the_batch_stays_innermost_on_a_cpu():
 def test_rows_do_not_mix():
     unet = small_unet()
     x, t, c = torch.randn(5, 16, 7), torch.arange(5), torch.randn(5, 12)
-    together = unet(x, unet.modulations(t, c))
+    together = unet(x, unet.conditioning(t, c))
     for row in range(5):
         one = slice(row, row + 1)
-        torch.testing.assert_close(unet(x[one], unet.modulations(t[one], c[one])), together[one], rtol=0, atol=1e-5)
+        torch.testing.assert_close(unet(x[one], unet.conditioning(t[one], c[one])), together[one], rtol=0, atol=1e-5)
 
 
 def test_modulations_separate():
     unet = small_unet()
     t, c = torch.arange(5), torch.randn(5, 12)
-    for joint, time, condition in zip(unet.modulations(t, c), unet.time_modulations(t), unet.condition_modulations(c)):
+    for joint, time, condition in zip(unet.conditioning(t, c), unet.time_modulations(t), unet.condition_modulations(c)):
         torch.testing.assert_close(joint, time + condition, rtol=0, atol=1e-6)
 
 
 def test_compiles_as_one_graph():
     unet = small_unet()
-    x, modulations = torch.randn(2, 16, 7), unet.modulations(torch.tensor([3, 99]), torch.randn(2, 12))
+    x, modulations = torch.randn(2, 16, 7), unet.conditioning(torch.tensor([3, 99]), torch.randn(2, 12))
     names = list(unet.state_dict())
     expected = unet(x, modulations)
     unet.compile(fullgraph=True, backend="eager")
@@ -70,15 +70,15 @@ def test_compiles_as_one_graph():
 def test_bfloat16_autocast_follows_float32():
     unet = small_unet()
     x, t, c = torch.randn(2, 16, 7), torch.tensor([3, 99]), torch.randn(2, 12)
-    expected = unet(x, unet.modulations(t, c))
+    expected = unet(x, unet.conditioning(t, c))
     with torch.autocast("cpu", torch.bfloat16):
-        found = unet(x, unet.modulations(t, c))
+        found = unet(x, unet.conditioning(t, c))
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
 
 
 def test_every_parameter_gets_a_gradient():
     unet = small_unet(blocks_per_level=1)
-    unet(torch.randn(2, 16, 7), unet.modulations(torch.tensor([0, 50]), torch.randn(2, 12))).square().sum().backward()
+    unet(torch.randn(2, 16, 7), unet.conditioning(torch.tensor([0, 50]), torch.randn(2, 12))).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in unet.parameters())
 
 
@@ -100,7 +100,7 @@ def test_repeated_calls_pack_their_weights():
     unet = small_unet(down_dims=(16, 64))
     middle = unet.middle[0].first.convolution
     for rows in (1, 5):
-        x, modulations = torch.randn(rows, 16, 7), unet.modulations(torch.tensor([3] * rows), torch.randn(rows, 12))
+        x, modulations = torch.randn(rows, 16, 7), unet.conditioning(torch.tensor([3] * rows), torch.randn(rows, 12))
         expected = unet(x, modulations)
         with unet.repeated():
             assert middle.packed == {}

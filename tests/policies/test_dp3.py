@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_robot.features import Feature, Features
+from lightning_robot.policies.action_diffusion import warmup_cosine
 from lightning_robot.policies.base import load_policy
-from lightning_robot.policies.dp3 import CLOUD, DP3, STATE, SimpleDP3, warmup_cosine
+from lightning_robot.policies.dp3 import CLOUD, DP3, STATE, SimpleDP3
 from lightning_robot.transforms.statistics import StatisticsAccumulator
 
 LANGUAGE = {"encoder": "none", "texts": ["open", "close"], "tasks": ["a", "b"], "embeddings": torch.eye(2, 384)}

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_robot.features import Feature, Features
 from lightning_robot.networks.diffusion import add_noise, ddim_step
-from lightning_robot.policies.dp3 import CLOUD, DP3, STATE, SimpleDP3, warmup_cosine
+from lightning_robot.policies.action_diffusion import warmup_cosine
+from lightning_robot.policies.dp3 import CLOUD, DP3, STATE, SimpleDP3
 from lightning_robot.policies.original_dp3 import converted_state, normalizer_values
 
 NAMES = ("dp3_small", "dp3_simple_small")
@@ -88,7 +89,7 @@ def test_unet(golden):
     unet, expected = golden_policy(golden).unet, golden["unet"]
     for t, out in zip(expected["t"], expected["out"]):
         timesteps = torch.full((2,), int(t))
-        close(unet(expected["x"], unet.modulations(timesteps, golden["global_cond"])), out, 1e-5)
+        close(unet(expected["x"], unet.conditioning(timesteps, golden["global_cond"])), out, 1e-5)
         of_time, of_condition = unet.time_modulations(timesteps), unet.condition_modulations(golden["global_cond"])
         close(unet(expected["x"], [a + b for a, b in zip(of_time, of_condition)]), out, 1e-5)
 
@@ -120,7 +121,7 @@ def test_sample(golden, formula):
     condition = policy.encode(our_batch(golden["batch"]))
     assert [step[0] for step in policy.denoising_plan] == [int(t) for t in expected["t"]]
     for index, (t, alpha, alpha_previous) in enumerate(policy.denoising_plan):
-        modulations = policy.unet.modulations(torch.full((2,), t), condition)
+        modulations = policy.unet.conditioning(torch.full((2,), t), condition)
         output = policy.unet(expected["x_t"][index], modulations)
         close(output, expected["model_output"][index], 1e-5)
         close(ddim_step(expected["x_t"][index], output, alpha, alpha_previous, formula), expected["x_prev"][index], 1e-5)
