@@ -83,7 +83,7 @@ def decoded_array(store: EpisodeStore, key: str, channels: int | None = None) ->
         shape[-1] = channels
     dtype = store.dtype(key)
     name = f"{key}-{shape[-1]}" if channels is not None else key
-    folder = _writable_folder(store)
+    folder = writable_folder(store.path)
     path = folder / f"{name}-{store.fingerprint[:16]}.npy"
     if not path.exists():
         with file_lock(folder / f"{name}.lock"):
@@ -95,11 +95,12 @@ def decoded_array(store: EpisodeStore, key: str, channels: int | None = None) ->
     return np.load(path, mmap_mode="r")
 
 
-def _writable_folder(store: EpisodeStore) -> Path:
-    beside = store.path.with_name(store.path.name + ".decoded")
+def writable_folder(path: Path) -> Path:
+    """Where files derived from the store or dataset at `path` go: ``<path>.decoded``, or a folder below `cache_folder`."""
+    beside = path.with_name(path.name + ".decoded")
     if "LIGHTNING_ROBOT_CACHE" not in os.environ and is_writable(beside if beside.exists() else beside.parent):
         return beside
-    return cache_folder() / "decoded" / f"{store.path.name}-{hashlib.sha256(str(store.path).encode()).hexdigest()[:12]}"
+    return cache_folder() / "decoded" / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
 def _decode(store: EpisodeStore, key: str, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

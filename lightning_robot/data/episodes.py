@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_robot.console import counted, progress, say
 from lightning_robot.data.cache import BLOCK_BYTES, decoded_array, file_lock
+from lightning_robot.data.pictures import picture_statistics, sampled_rows
 from lightning_robot.data.sampler import EpisodeBatchSampler
 from lightning_robot.data.store import EpisodeStore, StoreError
 from lightning_robot.data.windows import WindowDataset, limit_episodes, split_episodes, window_begins, window_steps
@@ -118,6 +119,10 @@ class EpisodeDataModule(LightningDataModule):
             raise StoreError("No store is named: set data.init_args.store to an episode store.")
         return self.store_path
 
+    def open_store(self, path: Path) -> EpisodeStore:
+        """Opens what lies at `path`; sources of another format override it with a class that reads as `EpisodeStore` does."""
+        return EpisodeStore.open(path)
+
     def make_store(self, path: Path) -> None:
         """Makes the store at `path`; sources that can, override it. One process at a time calls this, when there is none."""
 
@@ -131,7 +136,7 @@ class EpisodeDataModule(LightningDataModule):
                 if not path.exists():  # another process may have made it meanwhile
                     self.make_store(path)
         if self._module() is not None or self.window is not None:
-            store = EpisodeStore.open(path)
+            store = self.open_store(path)
             for key, channels in self._wanted(store).items():
                 self._array(store, key, channels)
 
@@ -146,19 +151,23 @@ class EpisodeDataModule(LightningDataModule):
         self._resume = self._sampler = None
         path = self.find_store()
         if self.store is None or self.store.path != path:
-            self.store = EpisodeStore.open(path)
+            self.store = self.open_store(path)
         store = self.store
         self.features, self.fingerprint = store.features, store.fingerprint
         self._channels = self._wanted(store)
         arrays = {key: self._array(store, key, channels) for key, channels in self._channels.items()}
         self.train_episodes, self.validation_episodes = self._split(store)
-        self.language = self._language(store) if self._uses_segments(store) else None
-        pads = (
-            self.window.pad_before if self.pad_before is None else self.pad_before,
-            self.window.pad_after if self.pad_after is None else self.pad_after,
-        )
+        has_texts = self._uses_segments(store) or store.frame_texts is not None
+        self.language = self._language(store) if has_texts else None
+        pads = self._pads()
         make = partial(
-            WindowDataset, arrays, episode_starts=store.episode_starts, window=self.window, pads=pads, language=self.language
+            WindowDataset,
+            arrays,
+            episode_starts=store.episode_starts,
+            window=self.window,
+            pads=pads,
+            language=self.language,
+            frame_texts=store.frame_texts,
         )
         spans = {
             "training": self._spans(store, self.train_episodes),
@@ -169,8 +178,9 @@ class EpisodeDataModule(LightningDataModule):
         self.train_windows, self.validation_windows = (make(spans[part]) for part in ("training", "validation"))
         if self.language is not None:
             tasks = self.language["tasks"]  # the table may hold sentences of tasks that no training segment shows
-            self.language["trained_tasks"] = sorted({tasks[text] for text in spans["training"][:, 4] if tasks[text]})
-            self._report_overlap(spans["training"])
+            self.language["trained_tasks"] = sorted({tasks[text] for text in self.train_windows.used_texts() if tasks[text]})
+            if self._uses_segments(store):
+                self._report_overlap(spans["training"])
         say(
             f"Data: {path}: {counted(len(self.train_windows), 'training window')} of "
             f"{counted(len(self.train_episodes), 'episode')}, {counted(len(self.validation_windows), 'validation window')} of "
@@ -313,7 +323,8 @@ class EpisodeDataModule(LightningDataModule):
         if missing:
             raise StoreError(
                 f"{store.path} holds no {', '.join(missing)}, which the policy reads; it holds {', '.join(store.keys)}. "
-                "Convert or generate with these, or choose a policy that does without."
+                "Convert or generate with these, rename cameras (RenameCameras in model.init_args.transforms), or choose a "
+                "policy that does without."
             )
         select = getattr(module, "select_features", None)
         selected = select(store.features).observations if select is not None else {}
@@ -333,6 +344,13 @@ class EpisodeDataModule(LightningDataModule):
         if not store.is_large(key):
             return store.whole(key) if channels is None else np.ascontiguousarray(store.whole(key)[..., :channels])
         return decoded_array(store, key, channels) if self.decode else _Gather(store, key, channels)
+
+    def _pads(self) -> tuple[int, int]:
+        """Steps that a window may stand out of its episode, before and after."""
+        return (
+            self.window.pad_before if self.pad_before is None else self.pad_before,
+            self.window.pad_after if self.pad_after is None else self.pad_after,
+        )
 
     def _uses_segments(self, store: EpisodeStore) -> bool:
         if self.use_segments is None:
@@ -411,6 +429,8 @@ class EpisodeDataModule(LightningDataModule):
     def _stream_statistics(self, key: str, runs: list[tuple[int, int]]) -> Statistics:
         store = self.store
         assert store is not None
+        if key.startswith(("observation.images.", "observation.depth.")):
+            return self._picture_statistics(key, runs)
         channels = self._channels.get(key)
         source = self._array(store, key, channels) if key in self._channels else None
         rows = max(1, BLOCK_BYTES // max(1, store.frame_bytes(key)))
@@ -426,6 +446,17 @@ class EpisodeDataModule(LightningDataModule):
             except ValueError as error:
                 raise StoreError(f"{store.path}: {key}, frames {begin} to {end}: {error}.") from error
         return accumulator.result()
+
+    def _picture_statistics(self, key: str, runs: list[tuple[int, int]]) -> Statistics:
+        """Per channel in 0 to 1 (depth: metres), of frames spread evenly over the training episodes."""
+        assert self.store is not None
+        store, source = self.store, self._array(self.store, key, None)
+        starts, ends = store.episode_starts[self.train_episodes], store.episode_ends[self.train_episodes]
+        rows = np.concatenate([sampled_rows(start, end) for start, end in zip(starts, ends)])
+        covered = np.zeros(store.num_frames, bool)
+        for start, end in runs:
+            covered[start:end] = True
+        return picture_statistics(source, rows[covered[rows]] if covered[rows].any() else np.flatnonzero(covered), key)
 
     def _transformed_statistics(
         self, keys: tuple[str, ...] | list[str], transform: Callable[[dict[str, Any]], dict[str, Any]]

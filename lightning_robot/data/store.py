@@ -78,7 +78,10 @@ class EpisodeStore:
         episode_starts: (E,) int64.
         num_frames: frames of all episodes.
         num_episodes: E.
+        frame_texts: None; sources whose frames have a text each have (frames,) rows of `language`'s texts here.
     """
+
+    frame_texts: np.ndarray | None = None
 
     def __init__(self, path: Path, group: Any) -> None:
         self.path = path

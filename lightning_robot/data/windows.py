@@ -103,6 +103,7 @@ class WindowDataset(Dataset):
         window: Any,
         pads: tuple[int, int],
         language: dict[str, Any] | None = None,
+        frame_texts: np.ndarray | None = None,
     ) -> None:
         """Indexes the windows of some spans.
 
@@ -112,7 +113,8 @@ class WindowDataset(Dataset):
             episode_starts: (E,) first row of every episode.
             window: `observation_steps`, `action_horizon`, `action_offset` and `keys`, see `policies.base.Window`.
             pads: steps that a window may begin before and end after its span.
-            language: ``texts`` and ``embeddings``, for spans that have a text.
+            language: ``texts`` and ``embeddings``, for spans or frames that have a text.
+            frame_texts: (frames,) text of each frame, for spans that have none; the window's newest observation decides.
 
         Raises:
             ValueError: the chunk would begin before the window.
@@ -129,7 +131,9 @@ class WindowDataset(Dataset):
         self.keys = tuple(window.keys)
         self.observation_steps = np.arange(window.observation_steps)
         self.action_steps = np.arange(window.action_horizon) + window.observation_steps - 1 + window.action_offset
-        self.language = language if language is not None and len(spans) and spans[0, 4] >= 0 else None
+        by_span = bool(len(spans)) and spans[0, 4] >= 0
+        self.frame_texts = None if by_span else frame_texts
+        self.language = language if by_span or frame_texts is not None else None
 
     def __len__(self) -> int:
         return len(self.begins)
@@ -151,9 +155,16 @@ class WindowDataset(Dataset):
         batch["segment_index"] = torch.from_numpy(segment[:, 0])
         batch["frame_index"] = torch.from_numpy((begins - self.episode_starts[episode])[:, 0])
         if self.language is not None:
-            batch["task"] = [self.language["texts"][row] for row in text[:, 0]]
-            batch["task_embedding"] = self.language["embeddings"][torch.from_numpy(text[:, 0])]
+            chosen_texts = text[:, 0] if self.frame_texts is None else self.frame_texts[rows[:, -1]]
+            batch["task"] = [self.language["texts"][row] for row in chosen_texts]
+            batch["task_embedding"] = self.language["embeddings"][torch.from_numpy(chosen_texts)]
         return batch
+
+    def used_texts(self) -> list[int]:
+        """Numbers of the texts that the spans' frames have, sorted."""
+        if self.frame_texts is None:
+            return np.unique(self.spans[:, 4]).tolist()
+        return np.unique(np.concatenate([self.frame_texts[start:end] for start, end in self.spans[:, :2]])).tolist()
 
     def _gather(self, key: str, rows: np.ndarray) -> torch.Tensor:
         """(B, steps) rows to (B, steps, ...); images become (3, height, width), depth (1, height, width)."""

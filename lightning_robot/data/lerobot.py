@@ -1,0 +1,197 @@
+"""LeRobot datasets, from a folder or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_robot.console import say
+from lightning_robot.data.cache import cache_folder, decoded_array
+from lightning_robot.data.episodes import EpisodeDataModule
+from lightning_robot.data.lerobot_folder import LeRobotFolder
+from lightning_robot.data.store import StoreError
+from lightning_robot.data.windows import window_steps
+from lightning_robot.transforms.statistics import Statistics
+
+COMMIT = ".commit"
+"""File in a downloaded folder that holds the commit it was downloaded at."""
+
+
+class LeRobotDataModule(EpisodeDataModule):
+    """Windows of a LeRobot dataset, v3.0, v2.1 or v2.0, with pictures stored as video or as files.
+
+    Batch keys are LeRobot's names of features; depth cameras are ``observation.depth.<camera>`` in metres. Windows, padding and
+    ``action_is_pad`` are those of LeRobot's ``delta_timestamps``. Other than there, statistics are of the training episodes
+    alone, and the number of last frames that begin no window follows from the policy's horizons.
+
+    Every batch has ``task``, the sentence of its newest observation, and ``task_embedding``.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        repo_id: str | None = None,
+        revision: str = "main",
+        backend: str | None = None,
+        tolerance: float = 1e-4,
+        drop_n_last_frames: int | None = None,
+        batch_size: int = 8,
+        num_workers: int = 2,
+        validation_ratio: float | None = None,
+        train_episodes: list[int] | None = None,
+        validation_episodes: list[int] | None = None,
+        max_train_episodes: int | None = None,
+        seed: int = 42,
+        pad_before: int | None = None,
+        drop_last: bool = False,
+        decode: bool = False,
+    ) -> None:
+        """Describes the data; nothing is opened or downloaded yet.
+
+        Args:
+            root: the dataset's folder (it holds ``meta/info.json``); with `repo_id`, where the download goes.
+            repo_id: ``organisation/name`` on the hub, downloaded once where the folder does not exist.
+            revision: branch, tag or commit to download.
+            backend: decoder of videos, ``torchcodec`` or ``pyav``; None takes the first that loads.
+            tolerance: seconds by which a recorded time may differ from its frame number.
+            drop_n_last_frames: frames at the end of each episode that begin no window. None computes it from the horizons, so
+                that the actions that are executed before the next query are never padding.
+            batch_size: see `EpisodeDataModule`, also for the arguments that follow.
+            num_workers: processes that gather and decode batches; 0 does so in the training process.
+            validation_ratio: share of episodes held out; None holds out 0.02.
+            train_episodes: numbers of the episodes to train on.
+            validation_episodes: numbers of the episodes to hold out.
+            max_train_episodes: limit on training episodes.
+            seed: of the split, and with the run's seed of the order.
+            pad_before: steps that a window may begin before its episode.
+            drop_last: leave out an epoch's smaller last batch.
+            decode: decode all pictures once into memory-mapped files, whose sizes are said before; batches then cost no
+                decoding.
+        """
+        super().__init__(
+            root,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            validation_ratio=validation_ratio,
+            train_episodes=train_episodes,
+            validation_episodes=validation_episodes,
+            max_train_episodes=max_train_episodes,
+            seed=seed,
+            pad_before=pad_before,
+            drop_last=drop_last,
+            decode=decode,
+        )
+        if drop_n_last_frames is not None and drop_n_last_frames < 0:
+            raise ValueError(f"drop_n_last_frames: {drop_n_last_frames}; it is a number of frames, or null.")
+        self.repo_id, self.revision, self.backend, self.tolerance = repo_id, revision, backend, tolerance
+        self.drop_n_last_frames = drop_n_last_frames
+
+    def find_store(self) -> Path:
+        """The dataset's folder, or where it will be downloaded to."""
+        if self.store_path is not None:
+            return self.store_path
+        if self.repo_id is None:
+            raise StoreError("No dataset is named: set data.init_args.root to a LeRobot folder, or data.init_args.repo_id.")
+        name = self.repo_id.replace("/", "--") + ("" if self.revision == "main" else f"@{self.revision.replace('/', '--')}")
+        return cache_folder() / "lerobot" / name
+
+    def make_store(self, path: Path) -> None:
+        """Downloads the dataset: into a folder beside, which is renamed when it is whole.
+
+        Raises:
+            StoreError: nothing to download is named, or the hub cannot be reached or does not know it.
+        """
+        if self.repo_id is None:
+            return  # opening it says that it is missing
+        from huggingface_hub import HfApi, snapshot_download
+
+        partial = path.with_name(path.name + ".partial")
+        say(f"Downloading {self.repo_id} at {self.revision} into {path}.")
+        try:
+            commit = HfApi().dataset_info(self.repo_id, revision=self.revision).sha
+            snapshot_download(self.repo_id, repo_type="dataset", revision=commit, local_dir=str(partial))
+        except Exception as error:  # the hub's client, its transport and the file system have exceptions of their own
+            raise StoreError(
+                f"{self.repo_id} at {self.revision} cannot be downloaded ({type(error).__name__}: {error}). Without a network, "
+                "copy the dataset's folder here and set data.init_args.root to it; private data need `hf auth login`. What was "
+                f"downloaded stays in {partial} and is continued."
+            ) from error
+        (partial / COMMIT).write_text(f"{commit}\n")
+        os.replace(partial, path)
+
+    def open_store(self, path: Path) -> Any:
+        """The folder, read as an episode store is read."""
+        folder = LeRobotFolder.open(path, self.backend, self.tolerance)
+        if self.repo_id is not None and (path / COMMIT).exists():
+            commit = (path / COMMIT).read_text().strip()
+            say(f"{self.repo_id} at {self.revision}, commit {commit}, in {path} (delete it to download anew).")
+        return folder
+
+    def setup(self, stage: str | None = None) -> None:
+        """As `EpisodeDataModule.setup`; then looks whether the videos of the chosen episodes are there and long enough.
+
+        Raises:
+            StoreError: see `LeRobotFolder`.
+        """
+        super().setup(stage)
+        store: Any = self.store
+        store.check_videos(self.window.keys, np.concatenate([self.train_episodes, self.validation_episodes]))
+
+    # Below: private.
+
+    def _array(self, store: Any, key: str, channels: int | None) -> Any:
+        if key not in store.cameras:
+            return super()._array(store, key, channels)
+        return decoded_array(store, key) if self.decode else store.frames(key)
+
+    def _pads(self) -> tuple[int, int]:
+        before, after = super()._pads()
+        if self.drop_n_last_frames is not None:
+            most = window_steps(self.window) - self.window.observation_steps
+            if self.drop_n_last_frames > most:
+                raise ValueError(
+                    f"drop_n_last_frames: {self.drop_n_last_frames}; with this policy's horizons a window ends at most {most} "
+                    "frames after its newest observation: leave it out, or give less."
+                )
+            after = most - self.drop_n_last_frames
+        return before, after
+
+    def _picture_statistics(self, key: str, runs: list[tuple[int, int]]) -> Statistics:
+        """Merged from what the writer noted per training episode where that is sound, else computed."""
+        store: Any = self.store
+        noted = None if store.cameras[key].depth else store.episode_statistics(key, self.train_episodes)
+        reason = "the dataset does not note them for every training episode"
+        if noted is not None:
+            merged = merged_statistics(noted)
+            if merged.size == 3 and _is_sound(merged):
+                return merged
+            mean, std = np.round(merged.mean, 4).tolist(), np.round(merged.std, 4).tolist()
+            reason = f"those noted are wrong (mean {mean}, deviation {std})"
+        if not store.cameras[key].depth:
+            say(f"Computing statistics of {key} from the pictures of training episodes: {reason}.")
+        return super()._picture_statistics(key, runs)
+
+
+def merged_statistics(episodes: list[dict[str, np.ndarray]]) -> Statistics:
+    """Statistics of several episodes from those of each, exact but for quantiles, in whose place stand the extremes.
+
+    Args:
+        episodes: ``min``, ``max``, ``mean``, ``std`` (population) of shape (D,) and ``count`` (1,) of each.
+    """
+    count = np.stack([episode["count"] for episode in episodes])
+    mean, std = (np.stack([episode[name] for episode in episodes]) for name in ("mean", "std"))
+    low = np.min([episode["min"] for episode in episodes], axis=0)
+    high = np.max([episode["max"] for episode in episodes], axis=0)
+    total = count.sum()
+    middle = (count * mean).sum(axis=0) / total
+    variance = (count * (std**2 + (mean - middle) ** 2)).sum(axis=0) / total
+    return Statistics(low, high, middle, np.sqrt(variance), low, high, int(total))
+
+
+def _is_sound(statistics: Statistics) -> bool:
+    """Deviations of pictures in 0 to 1 below 0.01, or means outside, come from broken writers."""
+    mean, std = statistics.mean, statistics.std
+    return bool(np.isfinite(mean).all() and np.isfinite(std).all() and ((mean >= 0) & (mean <= 1) & (std >= 0.01)).all())

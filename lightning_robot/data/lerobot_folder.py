@@ -1,0 +1,626 @@
+"""A LeRobot dataset folder (v3.0, v2.1 or v2.0), read as an episode store is read.
+
+Both layouts are turned into one `Table` of episodes: where their rows lie, and where their frames lie in which video file.
+What is not a picture is held in memory as arrays; pictures are decoded when a batch asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_robot.console import progress, say
+from lightning_robot.data.cache import writable_folder
+from lightning_robot.data.pictures import Pictures, read_encoded
+from lightning_robot.data.store import StoreError
+from lightning_robot.data.video import DepthCode, VideoFrames, frame_count, video_backend
+from lightning_robot.features import Feature, Features
+
+INFO = "meta/info.json"
+COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""Columns that every LeRobot dataset has."""
+
+FROM_VERSION = {
+    3: {
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    },
+    2: {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    },
+}
+"""Paths of data and video files where info.json does not give them."""
+
+
+@dataclass
+class Camera:
+    """A picture feature.
+
+    Attributes:
+        column: LeRobot's name of the feature.
+        frame_shape: (height, width, 3), or (height, width) for depth.
+        is_video: stored in video files, else as encoded pictures in parquet.
+        depth: for depth, how stored values become metres.
+        files: video files.
+        file_of_episode: (E,) index of its video file.
+        first_frame: (E,) number of the episode's first frame in that file.
+    """
+
+    column: str
+    frame_shape: tuple[int, ...]
+    is_video: bool
+    depth: DepthCode | None
+    files: list[Path] = field(default_factory=list)
+    file_of_episode: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    first_frame: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass
+class Table:
+    """The episodes of a folder, whatever its version.
+
+    Attributes:
+        lengths: (E,) frames.
+        data_files: parquet files in the order of their rows.
+        texts: one sentence per task_index.
+        videos: per video feature the path and the start in seconds of each episode.
+        statistics: per episode and feature ``min``, ``max``, ``mean``, ``std``, ``count`` as the writer noted them.
+    """
+
+    lengths: np.ndarray
+    data_files: list[Path]
+    texts: list[str]
+    videos: dict[str, tuple[list[Path], np.ndarray]]
+    statistics: list[dict[str, dict[str, Any]]]
+
+
+class LeRobotFolder:
+    """Read access to a LeRobot dataset with the interface of `lightning_robot.data.store.EpisodeStore`.
+
+    Keys are LeRobot's names of features, except that depth cameras are ``observation.depth.<camera>``, in metres, and that a
+    colour camera outside of ``observation.images.`` is offered below it.
+
+    Attributes:
+        path: absolute path.
+        info: content of meta/info.json.
+        fps: frames per second.
+        keys: batch keys.
+        cameras: of the keys that are pictures.
+        episode_ends: (E,) int64, exclusive.
+        episode_starts: (E,) int64.
+        num_frames: frames of all episodes.
+        num_episodes: E.
+        frame_texts: (frames,) int64: row of `language`'s texts for each frame.
+    """
+
+    episode_split = None
+    segments = None
+
+    def __init__(self, path: Path, info: dict[str, Any], table: Table, backend: str | None, tolerance: float) -> None:
+        self.path, self.info, self.backend, self.tolerance = path, info, backend, tolerance
+        self.fps = float(info["fps"])
+        self.episode_ends = np.cumsum(table.lengths)
+        self.episode_starts = self.episode_ends - table.lengths
+        self.num_frames, self.num_episodes = int(self.episode_ends[-1]), len(table.lengths)
+        self._table = table
+        self.cameras = {key: camera for column in info["features"] for key, camera in [self._camera(column)] if camera}
+        names = [n for n, f in info["features"].items() if _is_vector(n, f)]
+        self._arrays = self._read_vectors(names)
+        if "action" not in self._arrays:
+            raise StoreError(f"{path / INFO} names no feature 'action'; it names {', '.join(info['features'])}.")
+        self.keys = (*self._arrays, *self.cameras)
+        self._lazy: dict[str, VideoFrames | Pictures] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, backend: str | None = None, tolerance: float = 1e-4) -> LeRobotFolder:
+        """Opens a dataset and checks that its tables agree with each other.
+
+        Args:
+            path: the folder that holds meta, data and videos.
+            backend: ``"torchcodec"`` or ``"pyav"``; None takes the first that loads.
+            tolerance: seconds by which a recorded time may differ from its frame number.
+
+        Raises:
+            StoreError: there is none; another version; files, rows or entries are missing or contradict each other.
+        """
+        path = Path(path).expanduser().absolute()
+        info = _read_info(path)
+        table = _table_v3(path, info) if _major(info) == 3 else _table_v2(path, info)
+        _check_counts(path, info, table)
+        return cls(path, info, table, backend, tolerance)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """(frames, ...); pictures are (height, width, 3), depth is (height, width)."""
+        if key in self.cameras:
+            return (self.num_frames, *self.cameras[key].frame_shape)
+        return self._vector(key).shape
+
+    def dtype(self, key: str) -> np.dtype:
+        """uint8 for colour pictures, float32 for all else."""
+        camera = self.cameras.get(key)
+        return np.dtype(np.uint8 if camera and not camera.depth else np.float32)
+
+    def frame_bytes(self, key: str) -> int:
+        """Decoded bytes of one frame."""
+        return int(np.prod(self.shape(key)[1:], dtype=np.int64)) * self.dtype(key).itemsize
+
+    def is_large(self, key: str) -> bool:
+        """True for pictures: they are decoded when they are needed."""
+        return key in self.cameras
+
+    def aligned_rows(self, key: str, max_bytes: int) -> int:
+        """A number of rows of about `max_bytes`."""
+        return max(1, max_bytes // max(1, self.frame_bytes(key)))
+
+    def read(self, key: str, rows: slice) -> np.ndarray:
+        """Consecutive frames, (rows, ...)."""
+        if key in self.cameras:
+            return self.frames(key).gather(np.arange(*rows.indices(self.num_frames)))
+        return self._vector(key)[rows].copy()
+
+    def gather(self, key: str, rows: np.ndarray) -> np.ndarray:
+        """Frames in any order, repeats allowed, (R, ...)."""
+        return self.frames(key).gather(rows) if key in self.cameras else self._vector(key)[rows]
+
+    def whole(self, key: str) -> np.ndarray:
+        """(frames, ...) float32, all frames of a key that is no picture."""
+        return self._vector(key)
+
+    def frames(self, key: str) -> VideoFrames | Pictures:
+        """The pictures of a camera: an object with `gather(rows)`, which is cheap to hand to other processes."""
+        if key not in self._lazy:
+            camera = self.cameras[key]
+            if camera.is_video:
+                episode = np.repeat(np.arange(self.num_episodes), self._table.lengths)
+                number = np.arange(self.num_frames) - self.episode_starts[episode] + camera.first_frame[episode]
+                backend = "pyav" if camera.depth else video_backend(self.backend)
+                self._lazy[key] = VideoFrames(
+                    camera.files, camera.file_of_episode[episode], number, camera.frame_shape, self.fps, backend, camera.depth
+                )
+            else:
+                name = f"{camera.column}-{self.fingerprint[:16]}"
+                data, offsets = read_encoded(self.path, self._table.data_files, camera.column, writable_folder(self.path), name)
+                where = f"{self.path}: {camera.column}"
+                self._lazy[key] = Pictures(data, offsets, camera.frame_shape, where, camera.depth)
+        return self._lazy[key]
+
+    def check_videos(self, keys: tuple[str, ...], episodes: np.ndarray) -> None:
+        """Makes sure that the video files of some cameras and episodes exist and hold the frames that they should.
+
+        Raises:
+            StoreError: names the file, the episodes and the camera.
+        """
+        for key in keys:
+            camera = self.cameras.get(key)
+            if camera is None or not camera.is_video:
+                continue
+            used = np.unique(camera.file_of_episode[episodes])
+            for file in progress(used.tolist(), description=f"checking videos of {key}", unit="files"):
+                self._check_video(camera, file, episodes)
+
+    def episode_statistics(self, key: str, episodes: np.ndarray) -> list[dict[str, np.ndarray]] | None:
+        """What the writer noted of a feature, per episode; None unless every one of these episodes has it.
+
+        Returns:
+            per episode ``min``, ``max``, ``mean``, ``std`` (D,) and ``count`` (1,), float64.
+        """
+        column = self.cameras[key].column if key in self.cameras else key
+        found = []
+        for episode in episodes.tolist():
+            noted = self._table.statistics[episode].get(column, {}) if episode < len(self._table.statistics) else {}
+            if any(noted.get(name) is None for name in ("min", "max", "mean", "std", "count")):
+                return None
+            names = ("min", "max", "mean", "std", "count")
+            found.append({name: np.asarray(noted[name], np.float64).reshape(-1) for name in names})
+        return found
+
+    @cached_property
+    def features(self) -> Features:
+        """What the dataset offers, from meta/info.json."""
+        described = self.info["features"]
+        observations = {}
+        for key in self.keys:
+            shape = self.shape(key)[1:]
+            if key not in self.cameras:
+                observations[key] = Feature(shape, names=_names(described[key], shape))
+            elif self.cameras[key].depth:
+                observations[key] = Feature((1, *shape), unit="m")
+            else:
+                observations[key] = Feature((shape[-1], *shape[:-1]), "uint8")
+        action = observations.pop("action")
+        source = {"recording": f"LeRobot {self.info['codebase_version']}"}
+        if self.info.get("robot_type"):
+            source["robot"] = str(self.info["robot_type"])
+        return Features(observations, action, control_rate=self.fps, source=source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash (hexadecimal) of episodes, features, tasks, all values that are no pictures, and the sizes of picture files."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.episode_ends).tobytes())
+        digest.update(json.dumps([self.info["features"], self.fps, self._table.texts], sort_keys=True).encode())
+        for key in sorted(self._arrays):
+            digest.update(key.encode() + self._arrays[key].tobytes())
+        files = {file for camera in self.cameras.values() for file in camera.files}
+        if any(not camera.is_video for camera in self.cameras.values()):
+            files |= set(self._table.data_files)
+        for file in sorted(files):
+            size = file.stat().st_size if file.exists() else -1
+            digest.update(f"{file.relative_to(self.path)} {size}".encode())
+        return digest.hexdigest()
+
+    @property
+    def language(self) -> dict[str, Any]:
+        """``texts`` and ``tasks`` (the sentences of tasks), ``encoder`` and ``embeddings`` None."""
+        return {"texts": self._table.texts, "tasks": self._table.texts, "encoder": None, "embeddings": None}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Version and robot."""
+        return {"codebase_version": self.info["codebase_version"], "robot_type": self.info.get("robot_type")}
+
+    def __reduce__(self) -> Any:
+        return LeRobotFolder.open, (self.path, self.backend, self.tolerance)
+
+    # Below: private.
+
+    def _vector(self, key: str) -> np.ndarray:
+        if key not in self._arrays:
+            raise StoreError(f"{self.path} holds no {key}; it holds {', '.join(self.keys)}.")
+        return self._arrays[key]
+
+    def _camera(self, column: str) -> tuple[str, Camera | None]:
+        """Batch key and description of a picture feature."""
+        feature = self.info["features"][column]
+        if feature["dtype"] not in ("image", "video"):
+            return column, None
+        shape = [int(size) for size in feature["shape"]]
+        names = feature.get("names") or ["height", "width", "channels"]
+        if names[-1] not in ("channel", "channels"):
+            shape = [*shape[1:], shape[0]]
+        height, width, channels = shape
+        noted = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+        is_depth = bool(noted.get("is_depth_map") or noted.get("video.is_depth_map"))
+        if channels != (1 if is_depth else 3):
+            what = "depth has 1 channel" if is_depth else "colour has 3 channels (is_depth_map marks depth)"
+            raise StoreError(f"{self.path / INFO}: {column} has the shape {feature['shape']}; {what}.")
+        depth = None
+        if is_depth:
+            depth = DepthCode(
+                low=noted.get("video.depth_min", DepthCode.low),
+                high=noted.get("video.depth_max", DepthCode.high),
+                shift=noted.get("video.shift", DepthCode.shift),
+                logarithmic=noted.get("video.use_log", DepthCode.logarithmic),
+                unit=1.0 if noted.get("depth_unit") == "m" else 0.001,
+            )
+        name = column.removeprefix("observation.").removeprefix("images.").removeprefix("depth.")
+        key = f"observation.depth.{name}" if is_depth else f"observation.images.{name}"
+        frame_shape = (height, width) if is_depth else (height, width, 3)
+        camera = Camera(column, frame_shape, feature["dtype"] == "video", depth)
+        if camera.is_video:
+            paths, seconds = self._table.videos[column]
+            camera.files = sorted(set(paths))
+            number = {file: index for index, file in enumerate(camera.files)}
+            camera.file_of_episode = np.array([number[file] for file in paths])
+            camera.first_frame = self._frame_numbers(column, paths, seconds)
+        return key, camera
+
+    def _frame_numbers(self, column: str, paths: list[Path], seconds: np.ndarray) -> np.ndarray:
+        exact = seconds * self.fps
+        numbers = np.rint(exact).astype(np.int64)
+        # The writer adds up durations of files, each rounded to its time base.
+        wrong = np.flatnonzero(np.abs(exact - numbers) / self.fps > self.tolerance + 1e-3 / self.fps)
+        if len(wrong):
+            episode = int(wrong[0])
+            raise StoreError(
+                f"{self.path}: {column} of episode {episode} begins at {seconds[episode]:.6f} s of {paths[episode]}, which is "
+                f"{np.abs(exact - numbers)[episode] / self.fps:.6f} s off a frame at {self.fps:g} frames per second. "
+                f"{_TOLERANCE}"
+            )
+        return numbers
+
+    def _read_vectors(self, names: list[str]) -> dict[str, np.ndarray]:
+        """All columns that are no pictures: {key: (frames, ...) float32}; checks the counters and sets `frame_texts`."""
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        tables = []
+        for file in self._table.data_files:
+            if not file.is_file():
+                raise StoreError(f"{file} is missing: {self.path} was not copied or downloaded whole.")
+            try:
+                schema = parquet.read_schema(file)
+                absent = [name for name in (*names, *COUNTERS) if name not in schema.names]
+                if absent:
+                    raise StoreError(f"{file} has no column {', '.join(absent)}, which {self.path / INFO} names.")
+                tables.append(parquet.read_table(file, columns=[*names, *COUNTERS], partitioning=None))
+            except (arrow.ArrowInvalid, OSError) as error:
+                raise StoreError(f"{file} cannot be read ({error}). Copy or download it again.") from error
+        rows = [len(table) for table in tables]
+        if sum(rows) != self.num_frames:
+            listed = ", ".join(f"{file.name} {count}" for file, count in zip(self._table.data_files[:8], rows))
+            raise StoreError(
+                f"{self.path}: meta/ tells of {self.num_frames} frames in {self.num_episodes} episodes, but the parquet files "
+                f"hold {sum(rows)} rows ({listed}{' …' if len(rows) > 8 else ''}). The recording was interrupted or files are "
+                "missing: copy or download the folder again, or record anew."
+            )
+        columns = {
+            name: np.concatenate([_values(table, name, file) for table, file in zip(tables, self._table.data_files)])
+            for name in (*names, *COUNTERS)
+        }
+        self._check_counters({name: columns.pop(name) for name in COUNTERS})
+        arrays = {}
+        for name, values in columns.items():
+            shape = tuple(int(size) for size in self.info["features"][name]["shape"])
+            if values.size != self.num_frames * int(np.prod(shape, dtype=np.int64)):
+                raise StoreError(
+                    f"{self.path}: {name} has {values.size} values in {self.num_frames} frames, not {shape} in each."
+                )
+            arrays[name] = values.reshape(self.num_frames, *shape).astype(np.float32, copy=False)
+        return arrays
+
+    def _check_counters(self, columns: dict[str, np.ndarray]) -> None:
+        episode = np.repeat(np.arange(self.num_episodes), self._table.lengths)
+        frame = np.arange(self.num_frames) - self.episode_starts[episode]
+        for name, expected in (("index", np.arange(self.num_frames)), ("episode_index", episode), ("frame_index", frame)):
+            wrong = np.flatnonzero(columns[name] != expected)
+            if len(wrong):
+                row = int(wrong[0])
+                raise StoreError(
+                    f"{self.path}: column {name} of the parquet files is {columns[name][row]} in row {row}, where episode "
+                    f"{episode[row]}, frame {frame[row]} of meta/ lies ({expected[row]} expected). Files are missing or in "
+                    "another order: copy or download the folder again."
+                )
+        expected = frame / self.fps
+        apart = np.abs(columns["timestamp"].astype(np.float64) - expected)
+        wrong = np.flatnonzero(apart > self.tolerance + np.spacing(expected.astype(np.float32)))
+        if len(wrong):
+            row = int(wrong[0])
+            raise StoreError(
+                f"{self.path}: timestamp of episode {episode[row]}, frame {frame[row]} is {columns['timestamp'][row]:.6f} s, "
+                f"{apart[row]:.6f} s away from frame / fps = {expected[row]:.6f} s ({len(wrong)} such frames; the furthest "
+                f"{apart.max():.6f} s). {_TOLERANCE}"
+            )
+        self.frame_texts = columns["task_index"].astype(np.int64)
+        wrong = np.flatnonzero((self.frame_texts < 0) | (self.frame_texts >= len(self._table.texts)))
+        if len(wrong):
+            row = int(wrong[0])
+            raise StoreError(
+                f"{self.path}: task_index {self.frame_texts[row]} of episode {episode[row]}, frame {frame[row]} is not in "
+                f"meta/tasks, which holds {len(self._table.texts)} tasks. Add the sentence there, or remove the episode."
+            )
+
+    def _check_video(self, camera: Camera, file: int, episodes: np.ndarray) -> None:
+        path = camera.files[file]
+        here = episodes[camera.file_of_episode[episodes] == file]
+        if not path.is_file():
+            raise StoreError(
+                f"{path} is missing: it holds {camera.column} of episode {_listed(here)}. Copy or download it, or leave these "
+                "episodes out with data.init_args.train_episodes and validation_episodes."
+            )
+        held = frame_count(path)
+        needed = camera.first_frame[here] + self._table.lengths[here]
+        if held < needed.max():
+            short = here[needed > held]
+            raise StoreError(
+                f"{path} holds {held} frames, but {camera.column} of episode {_listed(short)} needs {needed.max()} "
+                "(meta/ and parquet count so many). The recording was interrupted or the file is cut: copy or download it "
+                "again, or leave these episodes out with data.init_args.train_episodes and validation_episodes."
+            )
+        everyone = np.flatnonzero(camera.file_of_episode == file)
+        expected = int((camera.first_frame[everyone] + self._table.lengths[everyone]).max())
+        if held > expected:
+            say(f"{path} holds {held} frames, {held - expected} more than its episodes have; the last ones are not used.")
+
+
+_TOLERANCE = (
+    "Frames would be matched with the wrong pictures. Record or convert with timestamps of frame / fps, or, if the order of "
+    "frames is right nevertheless, raise data.init_args.tolerance."
+)
+
+
+def _listed(numbers: np.ndarray) -> str:
+    return ", ".join(str(number) for number in numbers[:6].tolist()) + (" …" if len(numbers) > 6 else "")
+
+
+def _major(info: dict[str, Any]) -> int:
+    return int(str(info["codebase_version"]).lstrip("v").split(".")[0])
+
+
+def _is_vector(name: str, feature: dict[str, Any]) -> bool:
+    """Numbers that a policy may read or act with."""
+    if not (name == "action" or name.startswith("observation.")):
+        return False
+    return feature["dtype"] not in ("image", "video", "string", "language")
+
+
+def _names(feature: dict[str, Any], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of the elements, where there is one for each."""
+    names = feature.get("names") or ()
+    if isinstance(names, dict):
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    return tuple(str(name) for name in names) if len(shape) == 1 and len(names) == shape[0] else ()
+
+
+def _values(table: Any, name: str, file: Path) -> np.ndarray:
+    """A column as a flat array."""
+    import pyarrow as arrow
+
+    column = table.column(name).combine_chunks()
+    if isinstance(column, arrow.ChunkedArray):
+        column = arrow.concat_arrays(column.chunks)
+    if isinstance(column, arrow.ExtensionArray):
+        column = column.storage
+    while not arrow.types.is_primitive(column.type):
+        if column.null_count or not hasattr(column, "flatten"):
+            raise StoreError(f"{file}: column {name} has empty rows, or is of the type {column.type}. Write it again.")
+        column = column.flatten()
+    if column.null_count:
+        raise StoreError(f"{file}: column {name} has {column.null_count} empty values. Write it again, or remove the episode.")
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing: the folder is no LeRobot dataset, or was not copied whole.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is damaged ({error}). Copy or download it again.") from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise StoreError(f"{path} is missing: the folder is no LeRobot v2.1 dataset, or was not copied whole.")
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise StoreError(f"{path} is damaged ({error}). Copy or download it again.") from error
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise StoreError(
+            f"There is no dataset at {path}. Set data.init_args.root to a LeRobot folder (it holds meta/info.json), or "
+            "data.init_args.repo_id to download one."
+        )
+    info = _read_json(path / INFO)
+    for name in ("codebase_version", "fps", "features", "total_episodes", "total_frames"):
+        if not info.get(name):
+            raise StoreError(
+                f"{path / INFO} has no {name}: the dataset is empty or was not finished. (LeRobot itself would open it with no "
+                f"frames.) Finish the recording, or add {name}."
+            )
+    version = str(info["codebase_version"])
+    if not (version in ("v2.0", "v2.1") or version.startswith("v3.")):
+        raise StoreError(
+            f"{path / INFO} says codebase_version {version!r}; v3.0, v2.1 and v2.0 are read. Convert the dataset with "
+            "LeRobot's own scripts, or update this project if the version is newer."
+        )
+    return info
+
+
+def _check_counts(path: Path, info: dict[str, Any], table: Table) -> None:
+    """Episode table against meta/info.json."""
+    if len(table.lengths) != info["total_episodes"]:
+        raise StoreError(
+            f"{path}: {INFO} counts {info['total_episodes']} episodes, meta/episodes lists {len(table.lengths)}. The folder was "
+            "not copied whole, or its writer was interrupted: copy or download it again."
+        )
+    if (empty := np.flatnonzero(table.lengths < 1)).size:
+        raise StoreError(f"{path}: episode {empty[0]} has {table.lengths[empty[0]]} frames. Remove it from the dataset.")
+    if table.lengths.sum() != info["total_frames"]:
+        raise StoreError(
+            f"{path}: {INFO} counts {info['total_frames']} frames, the episodes of meta/episodes have {table.lengths.sum()}. "
+            "The folder was not copied whole, or its writer was interrupted: copy or download it again."
+        )
+
+
+def _template(info: dict[str, Any], name: str) -> str:
+    return info.get(name) or FROM_VERSION[_major(info)][name]
+
+
+def _table_v3(path: Path, info: dict[str, Any]) -> Table:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    files = sorted((path / "meta/episodes").glob("*/*.parquet"))
+    if not files:
+        raise StoreError(f"{path}/meta/episodes holds no parquet file: the folder was not copied whole.")
+    try:
+        tables = [parquet.read_table(file, partitioning=None) for file in files]
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{path}/meta/episodes cannot be read ({error}). Copy or download it again.") from error
+    table = arrow.concat_tables(tables, promote_options="default")
+
+    def column(name: str) -> np.ndarray:
+        if name not in table.column_names:
+            raise StoreError(f"{files[0]} has no column {name}: write the dataset's metadata again.")
+        return table.column(name).to_numpy()
+
+    starts, ends = column("dataset_from_index"), column("dataset_to_index")
+    wrong = np.flatnonzero(starts != np.concatenate([[0], ends[:-1]]))
+    if len(wrong):
+        raise StoreError(
+            f"{path}: meta/episodes row {wrong[0]} begins at frame {starts[wrong[0]]}, the one before ends at "
+            f"{ends[wrong[0] - 1] if wrong[0] else 0}: rows are missing or out of order. Copy or download the folder again."
+        )
+    if {"data/chunk_index", "data/file_index"} <= set(table.column_names):
+        pairs = zip(column("data/chunk_index").tolist(), column("data/file_index").tolist())
+        template = _template(info, "data_path")
+        data_files = [path / template.format(chunk_index=c, file_index=f) for c, f in dict.fromkeys(pairs)]
+    else:
+        data_files = sorted((path / "data").glob("*/*.parquet"))
+    videos = {}
+    for key, feature in info["features"].items():
+        if feature["dtype"] == "video":
+            template = _template(info, "video_path")
+            chunks, numbers = column(f"videos/{key}/chunk_index"), column(f"videos/{key}/file_index")
+            paths = [path / template.format(video_key=key, chunk_index=c, file_index=f) for c, f in zip(chunks, numbers)]
+            videos[key] = (paths, column(f"videos/{key}/from_timestamp").astype(np.float64))
+    statistics: list[dict[str, dict[str, Any]]] = [{} for _ in range(len(table))]
+    for name in table.column_names:
+        parts = name.split("/")
+        if parts[0] == "stats" and parts[-1] in ("min", "max", "mean", "std", "count"):
+            if info["features"].get("/".join(parts[1:-1]), {}).get("dtype") not in ("image", "video"):
+                continue  # values that are no pictures are in memory: their statistics are computed
+            for episode, value in enumerate(table.column(name).to_pylist()):
+                statistics[episode].setdefault("/".join(parts[1:-1]), {})[parts[-1]] = value
+    return Table((ends - starts).astype(np.int64), data_files, _texts_v3(path), videos, statistics)
+
+
+def _texts_v3(path: Path) -> list[str]:
+    """The sentence of every task_index, from the columns themselves, whether or not pandas would find its index there."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    file = path / "meta/tasks.parquet"
+    if not file.is_file():
+        raise StoreError(f"{file} is missing: the folder was not copied whole.")
+    table = parquet.read_table(file, partitioning=None)
+    texts = [name for name in table.column_names if arrow.types.is_string(table.schema.field(name).type)]
+    texts += [name for name in table.column_names if arrow.types.is_large_string(table.schema.field(name).type)]
+    name = "task" if "task" in texts else texts[0] if len(texts) == 1 else None
+    if name is None or "task_index" not in table.column_names:
+        raise StoreError(
+            f"{file} has the columns {', '.join(table.column_names)}; expected are task_index and the text column task. (It "
+            "was probably written without its pandas index.) Write it again with the sentences of the tasks."
+        )
+    if not (table.schema.pandas_metadata or {}).get("index_columns"):
+        say(f"{file} has no pandas index: its sentences are read here, but LeRobot itself would give the task as a number.")
+    return _in_order(table.column("task_index").to_pylist(), table.column(name).to_pylist(), file)
+
+
+def _in_order(numbers: list[int], texts: list[str], file: Path) -> list[str]:
+    if sorted(numbers) != list(range(len(numbers))):
+        raise StoreError(f"{file}: task_index must count from 0 without gaps; it holds {sorted(numbers)[:10]}.")
+    return [text for _, text in sorted(zip(numbers, texts))]
+
+
+def _table_v2(path: Path, info: dict[str, Any]) -> Table:
+    episodes = sorted(_read_lines(path / "meta/episodes.jsonl"), key=lambda line: line["episode_index"])
+    if [line["episode_index"] for line in episodes] != list(range(len(episodes))):
+        raise StoreError(f"{path}/meta/episodes.jsonl: episode_index must count from 0 without gaps.")
+    chunk = int(info.get("chunks_size") or 1000)
+
+    def places(template: str, key: str = "") -> list[Path]:
+        numbers = range(len(episodes))
+        return [path / template.format(episode_chunk=n // chunk, episode_index=n, video_key=key) for n in numbers]
+
+    keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    videos = {key: (places(_template(info, "video_path"), key), np.zeros(len(episodes))) for key in keys}
+    tasks = _read_lines(path / "meta/tasks.jsonl")
+    texts = _in_order([line["task_index"] for line in tasks], [line["task"] for line in tasks], path / "meta/tasks.jsonl")
+    statistics: list[dict[str, dict[str, Any]]] = [{} for _ in episodes]
+    noted = path / "meta/episodes_stats.jsonl"  # v2.0 has none
+    for line in _read_lines(noted) if noted.exists() else ():
+        if line["episode_index"] < len(episodes):
+            statistics[line["episode_index"]] = line["stats"]
+    lengths = np.array([line["length"] for line in episodes], np.int64)
+    return Table(lengths, places(_template(info, "data_path")), texts, videos, statistics)
