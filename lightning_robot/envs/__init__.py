@@ -7,6 +7,7 @@ import gymnasium
 
 gymnasium.register("lightning_robot/PlayTable-v0", entry_point="lightning_robot.envs.play_table:PlayTable")
 gymnasium.register("lightning_robot/Calvin-v0", entry_point="lightning_robot.envs.calvin:Calvin")
+gymnasium.register("lightning_robot/SO101PickPlace-v0", entry_point="lightning_robot.envs.so101:SO101PickPlace")
 
 
 def make_environment(environment: str, **arguments: Any) -> gymnasium.Env:

@@ -72,6 +72,10 @@ class RayCamera:
         self._fixed: tuple[NDArray[np.float64], NDArray[np.int32]] | None = None
         self._is_fixed = model.cam_bodyid[self._id] == 0
 
+    def forget(self) -> None:
+        """Has group 0 cast anew at the next picture, because it was placed elsewhere."""
+        self._fixed = None
+
     def pose(self, data: mujoco.MjData) -> NDArray[np.float64]:
         """(4, 4) camera-to-world, OpenGL axes."""
         pose = np.eye(4)
