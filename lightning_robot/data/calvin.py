@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_robot import __version__
 from lightning_robot.console import say
 from lightning_robot.data.cache import cache_folder, is_writable
 from lightning_robot.data.calvin_frames import CalvinSettings
+from lightning_robot.data.demonstrations import demonstrations_place, make_demonstrations
 from lightning_robot.data.episodes import EpisodeDataModule
 from lightning_robot.data.store import EpisodeStore, StoreError
 from lightning_robot.transforms.text import HashedTextEncoder
-
-GENERATOR = "lightning_robot.generation.generate:generate"
-"""Named, not imported: data modules know no simulator until one is needed."""
 
 
 @dataclass
@@ -66,9 +61,7 @@ class Demonstrations:
     @property
     def place(self) -> Path:
         """``demonstrations/play_table_<hash of what decides the result>.zarr`` below `cache_folder`."""
-        decisive = {name: value for name, value in asdict(self).items() if name != "processes"} | {"version": __version__}
-        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-        return cache_folder() / "demonstrations" / f"play_table_{digest}.zarr"
+        return demonstrations_place("play_table", {name: value for name, value in asdict(self).items() if name != "processes"})
 
 
 class CalvinDataModule(EpisodeDataModule):
@@ -185,16 +178,14 @@ class CalvinDataModule(EpisodeDataModule):
         Raises:
             StoreError: what the converter or the generator found wrong.
         """
+        if self.root is None:
+            make_demonstrations(path, (self.generate or Demonstrations()).arguments())
+            return
+        from lightning_robot.data.convert_calvin import convert_calvin
+
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if self.root is not None:
-                from lightning_robot.data.convert_calvin import convert_calvin
-
-                convert_calvin(self.root, path, self.convert)
-            else:
-                module, _, function = GENERATOR.partition(":")
-                generate = getattr(import_module(module), function)
-                generate(path, **(self.generate or Demonstrations()).arguments())
+            convert_calvin(self.root, path, self.convert)
         except (ValueError, RuntimeError, OSError) as error:
             raise StoreError(str(error)) from error
 

@@ -26,6 +26,7 @@ import gymnasium
 import numpy as np
 
 from lightning_robot.envs import make_environment
+from lightning_robot.features import Features
 
 _EXPERT, _NOISE, _TEXT = 1, 2, 3  # streams of random numbers of an episode, beside the environment's own
 
@@ -60,13 +61,14 @@ class Recording:
     arguments: dict[str, Any]
     noise: float
     hold: int
+    noise_correlation: float = 0.0
 
     def make(self) -> gymnasium.Env:
         return make_environment(self.environment, **self.arguments)
 
 
 def run_episode(
-    env: gymnasium.Env, task: str, seed: int, *, noise: float = 0.0, hold: int = 0
+    env: gymnasium.Env, task: str, seed: int, *, noise: float = 0.0, hold: int = 0, noise_correlation: float = 0.0
 ) -> tuple[Attempt, dict[str, np.ndarray]]:
     """Lets the environment's expert attempt a task once.
 
@@ -80,6 +82,7 @@ def run_episode(
         seed: of the episode.
         noise: standard deviation in the units of the action; grippers are left alone.
         hold: steps recorded after success, for which the expert carries its motion through.
+        noise_correlation: seconds over which the noise stays correlated; 0 draws it anew at every step.
 
     Returns:
         The attempt, and per batch key an array (length, ...) of the dtype that the environment's features name.
@@ -88,8 +91,7 @@ def run_episode(
     features = source.features
     observation, info = env.reset(seed=seed, options={"task": task})
     expert = source.expert(np.random.default_rng((seed, _EXPERT)))
-    noise_rng = np.random.default_rng((seed, _NOISE))
-    perturbed = np.array([kind != "gripper" for kind in features.action.kinds] or [True] * features.action.shape[-1])
+    disturbance = Disturbance(features, noise, noise_correlation, np.random.default_rng((seed, _NOISE)))
     steps: list[tuple[dict[str, Any], np.ndarray]] = []
     success, remaining = False, hold
     while True:
@@ -97,7 +99,7 @@ def run_episode(
         steps.append(({key: np.array(observation[key]) for key in features.observations}, command))
         executed = command
         if noise > 0:
-            executed = command + (noise * perturbed * noise_rng.standard_normal(command.shape)).astype(command.dtype)
+            executed = command + disturbance.next().astype(command.dtype)
             space = env.action_space
             if isinstance(space, gymnasium.spaces.Box):
                 executed = np.clip(executed, space.low, space.high)
@@ -117,6 +119,38 @@ def run_episode(
     texts = task_texts(env, task)
     text = texts[int(np.random.default_rng((seed, _TEXT)).integers(len(texts)))]
     return Attempt(seed, task, text, len(steps), success, failure), arrays
+
+
+class Disturbance:
+    """Noise on executed actions: Gaussian, grippers left alone; stationary and correlated in time where that is asked for.
+
+    The correlated kind is an Ornstein-Uhlenbeck process sampled at the control rate: ``n' = a n + sqrt(1 - a^2) sigma w`` with
+    ``a = exp(-1 / (rate * correlation))``. White noise at 30 Hz is filtered away by a position-controlled joint.
+    """
+
+    def __init__(self, features: Features, deviation: float, correlation: float, rng: np.random.Generator):
+        """Describes the process.
+
+        Args:
+            features: of the environment: which elements of the action are grippers, and the control rate.
+            deviation: standard deviation in the action's units, the same with and without correlation.
+            correlation: time constant in seconds.
+            rng: source of random numbers.
+        """
+        size = features.action.shape[-1]
+        self._scale = deviation * np.array([kind != "gripper" for kind in features.action.kinds] or [True] * size)
+        self._keep = float(np.exp(-1 / (features.control_rate * correlation))) if correlation > 0 else 0.0
+        self._rng = rng
+        self._state: np.ndarray | None = None
+
+    def next(self) -> np.ndarray:
+        """(A,) float64: the noise of the next step."""
+        drawn = self._rng.standard_normal(len(self._scale))
+        if self._state is None or self._keep == 0:
+            self._state = drawn
+        else:
+            self._state = self._keep * self._state + np.sqrt(1 - self._keep**2) * drawn
+        return self._scale * self._state
 
 
 def task_texts(env: gymnasium.Env, task: str) -> tuple[str, ...]:
@@ -177,7 +211,9 @@ def _read_array(file: IO[bytes]) -> np.ndarray:
 def attempt_episode(env: gymnasium.Env, recording: Recording, task: str, seed: int) -> Attempt:
     """Runs and stages one episode. An exception inside it makes a failed attempt, named after the exception."""
     try:
-        attempt, arrays = run_episode(env, task, seed, noise=recording.noise, hold=recording.hold)
+        attempt, arrays = run_episode(
+            env, task, seed, noise=recording.noise, hold=recording.hold, noise_correlation=recording.noise_correlation
+        )
     except (MemoryError, OSError):  # trouble of the machine, not of the episode: another time it may go well
         raise
     except Exception as error:

@@ -40,6 +40,7 @@ from lightning_robot.transforms.text import HashedTextEncoder, text_encoder
 
 FORMAT = 1  # of what is recorded and how seeds are used; part of a store's settings
 DEATHS_PER_EPISODE = 3
+ADDED_LATER = {"noise_correlation": 0.0}  # settings that older stores do not name
 
 
 class GenerationError(RuntimeError):
@@ -55,6 +56,7 @@ def generate(
     episodes_per_task: int = 25,
     seed: int = 0,
     noise: float = 0.0,
+    noise_correlation: float = 0.0,
     hold: int = 8,
     encoder: str = HashedTextEncoder.name,
     processes: int | None = None,
@@ -71,6 +73,7 @@ def generate(
         episodes_per_task: successful demonstrations of each task.
         seed: seed of the first attempt; the following ones count up from it. Evaluation uses other blocks of seeds.
         noise: standard deviation of noise on the executed, not on the recorded action, in the action's units.
+        noise_correlation: seconds over which that noise stays correlated; 0 draws it anew at every step.
         hold: steps recorded after success, so that a policy learns to carry a motion through instead of stopping short.
         encoder: of the sentences: ours, or the name of a model of sentence-transformers (extra ``calvin``).
         processes: worker processes, each with an environment of its own; one per core when None. 1 works in this process.
@@ -90,7 +93,7 @@ def generate(
     example: Any = None
     try:
         try:
-            example = Recording("", env, dict(env_kwargs or {}), noise, hold).make()
+            example = Recording("", env, dict(env_kwargs or {}), noise, hold, noise_correlation).make()
         except (ValueError, TypeError, gymnasium.error.Error) as error:
             raise GenerationError(f"{env} cannot be made: {error}") from error
         source = example.unwrapped
@@ -110,6 +113,7 @@ def generate(
                     "episodes_per_task": episodes_per_task,
                     "seed": seed,
                     "noise": noise,
+                    "noise_correlation": noise_correlation,
                     "hold": hold,
                     "encoder": encoder,
                 }
@@ -127,7 +131,7 @@ def generate(
         _check_tasks(example, chosen, seed)
         with claimed(partial):
             folder = _staging(partial, settings, dict(source.fingerprint))
-            recording = Recording(str(folder), env, settings["environment_arguments"], noise, hold)
+            recording = Recording(str(folder), env, settings["environment_arguments"], noise, hold, noise_correlation)
             jobs = _Jobs(chosen, episodes_per_task, seed, folder)
             count = min(processes or usable_cores(), jobs.missing) or 1
             say(
@@ -170,7 +174,7 @@ def _check(settings: dict[str, Any]) -> None:
 
     if not settings["tasks"] or len(set(settings["tasks"])) != len(settings["tasks"]):
         raise GenerationError(f"Tasks to demonstrate: {settings['tasks']}. Name at least one, each once.")
-    for name, least in (("episodes_per_task", 1), ("noise", 0), ("hold", 0), ("seed", 0)):
+    for name, least in (("episodes_per_task", 1), ("noise", 0), ("noise_correlation", 0), ("hold", 0), ("seed", 0)):
         if settings[name] < least:
             raise GenerationError(f"{name} is {settings[name]}; it must be at least {least}.")
     last = settings["seed"] + _most_attempts(settings["episodes_per_task"]) * len(settings["tasks"])
@@ -202,7 +206,9 @@ def _check_same(store: Path, settings: dict[str, Any]) -> None:
         have = EpisodeStore.open(store).provenance.get("settings", {})
     except StoreError:
         have = {}
-    if not have:
+    if have:
+        have = ADDED_LATER | have
+    else:
         raise GenerationError(f"{store} exists and is not a store of generated demonstrations. Choose another path.")
     if have != settings:
         raise GenerationError(

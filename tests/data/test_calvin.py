@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_robot.data import calvin
+from lightning_robot.data import demonstrations as demonstrations_module
 from lightning_robot.data.calvin import CalvinDataModule, Demonstrations
 from lightning_robot.data.calvin_frames import CalvinSettings
 from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter
@@ -58,7 +58,7 @@ def generator(monkeypatch):
         demonstrations(path, **arguments)
 
     monkeypatch.setitem(sys.modules, "stand_in_generator", types.SimpleNamespace(generate=generate))
-    monkeypatch.setattr(calvin, "GENERATOR", "stand_in_generator:generate")
+    monkeypatch.setattr(demonstrations_module, "GENERATOR", "stand_in_generator:generate")
     return calls
 
 
@@ -171,7 +171,7 @@ def test_what_the_converter_or_the_generator_finds_wrong_is_a_store_error(tmp_pa
         raise RuntimeError("nobody can fly")
 
     monkeypatch.setitem(sys.modules, "stand_in_generator", types.SimpleNamespace(generate=generate))
-    monkeypatch.setattr(calvin, "GENERATOR", "stand_in_generator:generate")
+    monkeypatch.setattr(demonstrations_module, "GENERATOR", "stand_in_generator:generate")
     with pytest.raises(StoreError, match="nobody can fly"):
         ready(generate={"tasks": ["fly"]})
     (tmp_path / "raw" / "training").mkdir(parents=True)
