@@ -36,11 +36,21 @@ class RayCamera:
         name: of the model's camera; its vertical field of view is taken.
         height, width: pixels.
         near, far: metres, kept in `camera`; a ray that meets nothing has depth `far`.
+        lamp: (3,) direction in the world towards a lamp, for `shaded`. Without it the lamp goes along with the camera, and
+            surfaces are estimated from the depth.
     """
 
     def __init__(
-        self, model: mujoco.MjModel, name: str, height: int, width: int, near: float = 0.01, far: float = 10.0
+        self,
+        model: mujoco.MjModel,
+        name: str,
+        height: int,
+        width: int,
+        near: float = 0.01,
+        far: float = 10.0,
+        lamp: tuple[float, float, float] | None = None,
     ) -> None:
+        self._lamp = None if lamp is None else np.array(lamp) / np.linalg.norm(lamp)
         self._colors_of = model
         self._model = copy.copy(model)
         self._model.geom_aabb[:, 3:] = 1e6  # every ray starts inside: nothing is culled
@@ -140,15 +150,52 @@ class RayCamera:
         return palette[geom]  # -1 is the last row
 
     def shaded(self, data: mujoco.MjData) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 picture: flat colours, darker where the surface turns away from the viewer's lamp."""
+        """(H, W, 3) uint8 picture: flat colours, darker where the surface turns away from the lamp."""
         depth, geom = self.cast(data)
+        picture = self.colors(geom) * (self._lit_from_depth(depth) if self._lamp is None else self._lit(data, depth, geom))
+        picture[geom < 0] = 235
+        return picture.astype(np.uint8)
+
+    def _lit_from_depth(self, depth: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(H, W, 1) light on surfaces whose normals are estimated from neighbouring pixels."""
         points = self._rays * depth[..., None]
         across = np.gradient(points, axis=1)
         down = np.gradient(points, axis=0)
         normal = np.cross(down, across)
         normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
         lamp = np.array([-0.35, 0.75, 0.55]) / np.linalg.norm([-0.35, 0.75, 0.55])
-        light = 0.55 + 0.45 * np.clip(normal @ lamp, 0, 1)
-        picture = self.colors(geom) * light[..., None]
-        picture[geom < 0] = 235
-        return picture.astype(np.uint8)
+        light: NDArray[np.float64] = 0.55 + 0.45 * np.clip(normal @ lamp, 0, 1)
+        return light[..., None]
+
+    def _lit(self, data: mujoco.MjData, depth: NDArray[np.float32], geom: NDArray[np.int32]) -> NDArray[np.float64]:
+        """(H, W, 1) light on the exact sides of boxes, cylinders and planes; any other shape counts as a sphere."""
+        rotation, eye = data.cam_xmat[self._id].reshape(3, 3), data.cam_xpos[self._id]
+        flat = geom.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        points = (self._rays.reshape(-1, 3)[order] * depth.reshape(-1)[order, None]) @ rotation.T + eye
+        facing = np.zeros(len(order))
+        numbers, starts = np.unique(flat[order], return_index=True)
+        for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(order)]):
+            if number < 0:
+                continue
+            axes, kind = data.geom_xmat[number].reshape(3, 3), self._model.geom_type[number]
+            lamp = self._lamp @ axes  # in the geom's own frame
+            if kind == mujoco.mjtGeom.mjGEOM_PLANE:
+                facing[start:end] = lamp[2]
+                continue
+            place = (points[start:end] - data.geom_xpos[number]) @ axes
+            size = self._model.geom_size[number]
+            if kind == mujoco.mjtGeom.mjGEOM_BOX:
+                side = np.abs(place / size).argmax(axis=1)
+                facing[start:end] = np.copysign(lamp[side], place[np.arange(end - start), side] * lamp[side])
+                continue
+            cap = np.zeros(end - start, dtype=bool)
+            if kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
+                cap = np.abs(place[:, 2]) > size[1] * (1 - 1e-3)
+                facing[start:end] = np.copysign(lamp[2], place[:, 2] * lamp[2])
+                place[:, 2] = 0.0
+            round_ = place @ lamp / (np.linalg.norm(place, axis=1) + 1e-12)
+            facing[start:end] = np.where(cap, facing[start:end], round_)
+        light = np.empty_like(facing)
+        light[order] = 0.6 + 0.4 * np.maximum(facing, 0.0)
+        return light.reshape(*depth.shape, 1)

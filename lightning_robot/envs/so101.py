@@ -28,6 +28,7 @@ from lightning_robot.envs.so101_model import (
     BOWL_HEIGHT,
     BOWL_RADIUS,
     JOINTS,
+    LAMP,
     LOWER,
     OVERHEAD_CAMERA,
     UPPER,
@@ -94,9 +95,9 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """Pick the block up and put it into the bowl.
 
     Joint actions are absolute targets (6,) in the order and units of the state: five joints in degrees and the gripper from 0
-    (closed) to 100 (open), or all normalised. End-effector actions (8,) are the tool's absolute pose in the base's frame (x, y, z
-    in m and a quaternion w, x, y, z) and the gripper from 0 to 1; inverse kinematics turns them into joint targets, as well as
-    five joints can.
+    (closed) to 100 (open), or all normalised. End-effector actions (8,) are the tool's absolute pose in the base's frame (x, y,
+    z in m and a quaternion w, x, y, z) and the gripper from 0 to 1; inverse kinematics turns them into joint targets, as well
+    as five joints can.
 
     The same seed gives the same episode to the last bit, whatever ran before.
 
@@ -164,7 +165,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._data = mujoco.MjData(self._model)
         self.kinematics = So101Kinematics()
         self._index_model()
-        self.rest = np.radians(REST)
+        self.rest = from_units(REST)
         self._targets: Array = np.zeros(6)
         self._progress = Progress(self.bounds, np.zeros(3))
         self._ik_errors: list[float] = []
@@ -213,7 +214,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     @property
     def fingerprint(self) -> dict[str, str]:
         """What episodes depend on beside the seed, as plain strings."""
-        views = {"overhead": OVERHEAD_CAMERA[1], "wrist": WRIST_CAMERA[2]}
+        views = {"overhead": OVERHEAD_CAMERA[2], "wrist": WRIST_CAMERA[2]}
         return {
             "simulator": "lightning_robot/SO101PickPlace-v0",
             "model": hashlib.sha256(self._xml.encode()).hexdigest()[:16],
@@ -539,7 +540,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if height is None or width is None:
             height, width = self.camera_sizes[name]
         if (name, height, width) not in self._cameras:
-            self._cameras[name, height, width] = RayCamera(self._model, name, height, width, far=FAR.get(name, 5.0))
+            self._cameras[name, height, width] = RayCamera(self._model, name, height, width, far=FAR.get(name, 5.0), lamp=LAMP)
         return self._cameras[name, height, width]
 
     def _update_poses(self) -> None:
@@ -562,7 +563,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._narrow = (self.physics.block_size - 0.0158) / 0.0755
 
 
-REST = np.array([0.0, -40.0, 50.0, 65.0, 90.0, 45.0])
+REST = np.array([-13.0, -55.0, 45.0, 75.0, 90.0, 45.0])  # degrees and per cent
 _DOWN = np.array([0.5, 0.5, 0.5, -0.5])
 
 

@@ -15,6 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lightning_robot.geometry import look_at
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -151,6 +154,11 @@ def _inertial(mass: float, center: Sequence[float], inertia: Sequence[float]) ->
     return f'<inertial mass="{mass}" pos="{_vector(center)}" fullinertia="{_vector(inertia)}"/>'
 
 
+def _camera(name: str, pose: NDArray[np.float64], view: float) -> str:
+    axes = _vector([*pose[:3, 0], *pose[:3, 1]])
+    return f'<camera name="{name}" pos="{_vector(pose[:3, 3])}" xyaxes="{axes}" fovy="{view}"/>'
+
+
 def _box(kind: str, shape: _Shape) -> str:
     size, position, quaternion = shape
     return f'<geom class="{kind}" type="box" size="{_vector(size)}" pos="{_vector(position)}" quat="{_vector(quaternion)}"/>'
@@ -190,8 +198,9 @@ def arm_body(shapes: bool = True) -> str:
     return "".join(parts) + "</body>" * (len(LINKS) + 1)
 
 
+LAMP = (0.1, 0.25, 0.95)  # direction towards it, of pictures by rays
 WRIST_CAMERA = ((0.0, 0.055, -0.045), (-0.57, 0.0, 0.0), 70)
-OVERHEAD_CAMERA = ((0.24, 0.0, 0.62), 40)
+OVERHEAD_CAMERA = ((0.46, -0.02, 0.54), (0.20, -0.02, 0.01), 36)
 ARM_DEFAULTS = """<default class="servo"><joint axis="0 0 1" damping="0.60" frictionloss="0.052" armature="0.028"/></default>"""
 
 
@@ -204,7 +213,7 @@ def scene_xml(physics: Physics) -> str:
         f'ctrlrange="{lower:.17g} {upper:.17g}"/>'
         for joint, lower, upper in zip(JOINTS[:5], LOWER, UPPER)
     )
-    overhead, view = OVERHEAD_CAMERA
+    overhead = look_at(*OVERHEAD_CAMERA[:2], (0, 0, 1))
     overview = look_at((0.62, 0.42, 0.42), (0.16, 0.0, 0.08), (0, 0, 1))
     return f"""
 <mujoco model="so101_pick_and_place">
@@ -233,9 +242,8 @@ def scene_xml(physics: Physics) -> str:
   </default>
   <worldbody>
     <light pos="0.3 -0.6 1.5" dir="-0.1 0.4 -0.9" diffuse="0.35 0.35 0.35" specular="0 0 0" castshadow="false"/>
-    <camera name="overhead" pos="{_vector(overhead)}" xyaxes="0 -1 0 1 0 0" fovy="{view}"/>
-    <camera name="overview" pos="{_vector(overview[:3, 3])}" xyaxes="{_vector([*overview[:3, 0], *overview[:3, 1]])}"
-      fovy="38"/>
+    {_camera("overhead", overhead, OVERHEAD_CAMERA[2])}
+    {_camera("overview", overview, 38)}
     <geom name="table" type="plane" size="0 0 1" group="0" contype="1" conaffinity="0" friction="0.5" rgba="0.86 0.84 0.80 1"/>
     {arm_body()}
     <body name="block"><freejoint name="block"/>
@@ -254,7 +262,7 @@ def scene_xml(physics: Physics) -> str:
 def _bowl() -> str:
     """Walls around a disc; the disc is seen alone: what lies in the bowl lies on the table."""
     parts = [
-        f'<geom name="bowl_floor" class="bowl" type="cylinder" size="{BOWL_RADIUS} 0.0005" pos="0 0 0.0005" contype="0" '
+        f'<geom name="bowl_floor" class="bowl" type="cylinder" size="{BOWL_RADIUS + 0.003} 0.0005" pos="0 0 0.0005" contype="0" '
         'rgba="0.20 0.50 0.95 1"/>'
     ]
     middle = BOWL_RADIUS + BOWL_WALL / 2
