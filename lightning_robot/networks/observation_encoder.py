@@ -7,6 +7,7 @@ all take (R, ...) rows and return (R, size). `encode_steps` joins them over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,18 @@ IMAGE_STATISTICS = {  # of values in 0 to 1
 }
 
 
-def encode_steps(parts: Sequence[tuple[nn.Module, Sequence[Tensor]]], steps: int) -> Tensor:
+def encode_steps(features: Sequence[Tensor], steps: int) -> Tensor:
     """One vector per window.
 
     Args:
-        parts: encoders, each with its inputs, (B * T, ...).
+        features: of each encoder, (B * T, size).
         steps: T.
 
     Returns:
         (B, T * features): for each step the features of all encoders in their order.
     """
-    features = torch.cat([encoder(*inputs) for encoder, inputs in parts], 1)  # (B * T, features)
-    return features.view(-1, steps * features.shape[1])
+    joined = torch.cat(list(features), 1)
+    return joined.view(-1, steps * joined.shape[1])
 
 
 class StateEncoder(nn.Sequential):
@@ -62,7 +63,7 @@ class ImageEncoder(nn.Module):
         crop: height and width that the backbone sees; None is the whole picture.
 
     Attributes:
-        image_mean: (cameras, 3) or (3,) of values in 0 to 1, a buffer.
+        image_mean: (cameras, 3) of values in 0 to 1, a buffer.
         image_std: likewise.
     """
 
@@ -110,8 +111,8 @@ class ImageEncoder(nn.Module):
             self._cropped(image, None if offsets is None else offsets[:, camera]) for camera, image in enumerate(images)
         ]
         stacked = pictures[0].unsqueeze(1) if len(pictures) == 1 else torch.stack(pictures, 1)  # (R, cameras, h, w, 3)
-        scale, offset = self._scale_and_offset()
-        normal = (stacked * scale + offset).flatten(0, 1).permute(0, 3, 1, 2)  # channels innermost in memory
+        mean, deviation = self.image_mean[:, None, None], self.image_std[:, None, None]
+        normal = ((stacked - mean) / deviation).flatten(0, 1).permute(0, 3, 1, 2)  # channels innermost in memory
         return self.output_of(self.backbone(normal)).view(len(stacked), self.size)
 
     def output_of(self, features: Tensor) -> Tensor:
@@ -125,6 +126,12 @@ class ImageEncoder(nn.Module):
         assert self.keypoint_maps is not None
         weights = self.keypoint_maps(features).flatten(2).softmax(2)  # (R, K, h * w)
         return weights @ keypoint_grid(*features.shape[2:], weights.device).to(weights.dtype)
+
+    def set_statistics(self, mean: Any, deviation: Any, camera: int | None = None) -> None:
+        """Sets `image_mean` and `image_std`, (3,) each, of one camera, or of all."""
+        rows = slice(None) if camera is None else camera
+        for buffer, values in ((self.image_mean, mean), (self.image_std, deviation)):
+            buffer[rows] = torch.as_tensor(values, dtype=buffer.dtype, device=buffer.device)
 
     def offset_bounds(self) -> list[tuple[int, int]]:
         """For each camera how many tops and lefts a crop can have."""
@@ -149,12 +156,6 @@ class ImageEncoder(nn.Module):
                 columns = offsets[:, 1].view(-1, 1, 1) + torch.arange(crop_width, device=device)
                 pixels = pixels[number, rows, columns]
         return pixels if pixels.is_floating_point() else pixels.to(self.image_mean.dtype).div_(255)
-
-    def _scale_and_offset(self) -> tuple[Tensor, Tensor]:
-        """(cameras, 1, 1, 3) or (3,) each."""
-        scale = 1 / self.image_std
-        offset = -self.image_mean * scale
-        return (scale[:, None, None], offset[:, None, None]) if scale.ndim == 2 else (scale, offset)
 
 
 def keypoint_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:

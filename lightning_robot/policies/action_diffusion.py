@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,10 +12,12 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_robot.console import say
+from lightning_robot.features import Features, IncompatibleFeatures
 from lightning_robot.networks.diffusion import Prediction, add_noise, ddim_step, ddpm_step, denoising_plan
 from lightning_robot.networks.noise import seeded_integers, seeded_normal
 from lightning_robot.networks.observation_encoder import encode_steps
 from lightning_robot.policies.base import ImitationPolicy
+from lightning_robot.transforms.statistics import Statistics
 
 CLOUD, STATE = "observation.point_cloud", "observation.state"
 
@@ -45,8 +48,8 @@ class ActionDiffusion(ImitationPolicy):
         """The network: `ConditionalUnet` or one with the same methods."""
         raise NotImplementedError
 
-    def observed(self, observation: dict[str, Any]) -> list[tuple[nn.Module, Sequence[Tensor]]]:
-        """Encoders of one step in their order, each with its inputs, (B * T, ...), normalised."""
+    def observed(self, observation: dict[str, Any]) -> list[Tensor]:
+        """What each encoder makes of each step, (B * T, size), in their order."""
         raise NotImplementedError
 
     def set_horizons(self, observation_steps: int, action_horizon: int, execution_horizon: int) -> None:
@@ -156,6 +159,32 @@ class ActionDiffusion(ImitationPolicy):
         vector_size = len(self.hparams["language"]["embeddings"][0])
         self.task_encoder = nn.Sequential(nn.Linear(vector_size, size), nn.LayerNorm(size))
         return size
+
+    def select_features(self, offered: Features) -> Features:
+        """Without ``use_colors``, the first three channels of a cloud are all that is read."""
+        selected = super().select_features(offered)
+        cloud = selected.observations.get(CLOUD)
+        if cloud is None:
+            return selected
+        channels = self._cloud_channels
+        if cloud.shape[-1] < channels:
+            raise IncompatibleFeatures(
+                f"use_colors=True needs clouds of 6 channels, the data offers {cloud.shape[-1]} (XYZ only). Set "
+                "model.init_args.use_colors: false, or use data with coloured clouds."
+            )
+        cut = replace(cloud, shape=(*cloud.shape[:-1], channels), names=cloud.names[:channels], kinds=cloud.kinds[:channels])
+        return replace(selected, observations={**selected.observations, CLOUD: cut})
+
+    def select_statistics(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+        if CLOUD not in statistics:
+            return statistics
+        whole, channels = statistics[CLOUD], self._cloud_channels
+        cut = {name: getattr(whole, name)[:channels] for name in ("min", "max", "mean", "std", "q01", "q99")}
+        return {**statistics, CLOUD: replace(whole, **cut)}
+
+    @property
+    def _cloud_channels(self) -> int:
+        return 6 if self.hparams["use_colors"] else 3
 
     @torch.no_grad()
     def _predict(

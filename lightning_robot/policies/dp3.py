@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_robot.features import Features, IncompatibleFeatures
 from lightning_robot.networks.diffusion import SamplerFormula, check_formula
 from lightning_robot.networks.observation_encoder import StateEncoder
 from lightning_robot.networks.point_encoder import PointNet
 from lightning_robot.networks.unet import ConditionalUnet
 from lightning_robot.policies.action_diffusion import CLOUD, STATE, ActionDiffusion, check_at_least_one, check_unet
-from lightning_robot.transforms.statistics import Statistics
 
 
 class DP3(ActionDiffusion):
@@ -116,26 +112,6 @@ class DP3(ActionDiffusion):
     def denoiser(self) -> ConditionalUnet:
         return self.unet
 
-    def select_features(self, offered: Features) -> Features:
-        """Without `use_colors`, the first three channels of a cloud are all that is read."""
-        selected = super().select_features(offered)
-        cloud = selected.observations[CLOUD]
-        channels = self._cloud_channels
-        if cloud.shape[-1] < channels:
-            raise IncompatibleFeatures(
-                f"use_colors=True needs clouds of 6 channels, the data offers {cloud.shape[-1]} (XYZ only). Set "
-                "model.init_args.use_colors: false, or use data with coloured clouds."
-            )
-        cut = replace(cloud, shape=(*cloud.shape[:-1], channels), names=cloud.names[:channels], kinds=cloud.kinds[:channels])
-        return replace(selected, observations={**selected.observations, CLOUD: cut})
-
-    def select_statistics(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
-        if CLOUD not in statistics:
-            return statistics
-        whole, channels = statistics[CLOUD], self._cloud_channels
-        cut = {name: getattr(whole, name)[:channels] for name in ("min", "max", "mean", "std", "q01", "q99")}
-        return {**statistics, CLOUD: replace(whole, **cut)}
-
     def build(self) -> None:
         options = self.hparams
         features = self.network_features
@@ -159,14 +135,10 @@ class DP3(ActionDiffusion):
         )
         self.build_schedule(options["diffusion_steps"], options["denoising_steps"])
 
-    def observed(self, observation: dict[str, Any]) -> list[tuple[nn.Module, Sequence[Tensor]]]:
+    def observed(self, observation: dict[str, Any]) -> list[Tensor]:
         state = self.normalizer.normalize(STATE, observation[STATE])
         cloud = self.normalizer.normalize(CLOUD, observation[CLOUD][..., : self._cloud_channels])
-        return [(self.cloud_encoder, [cloud.flatten(0, 1)]), (self.state_encoder, [state.flatten(0, 1)])]
-
-    @property
-    def _cloud_channels(self) -> int:
-        return 6 if self.hparams["use_colors"] else 3
+        return [self.cloud_encoder(cloud.flatten(0, 1)), self.state_encoder(state.flatten(0, 1))]
 
 
 class SimpleDP3(DP3):
