@@ -149,9 +149,16 @@ class RayCamera:
         palette[:-1] = np.round(self._colors_of.geom_rgba[:, :3] * 255).astype(np.uint8)
         return palette[geom]  # -1 is the last row
 
-    def shaded(self, data: mujoco.MjData) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 picture: flat colours, darker where the surface turns away from the lamp."""
-        depth, geom = self.cast(data)
+    def shaded(
+        self, data: mujoco.MjData, seen: tuple[NDArray[np.float32], NDArray[np.int32]] | None = None
+    ) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 picture: flat colours, darker where the surface turns away from the lamp.
+
+        Args:
+            data: as for `cast`.
+            seen: what `cast` gave for it, if it is known already.
+        """
+        depth, geom = self.cast(data) if seen is None else seen
         picture = self.colors(geom) * (self._lit_from_depth(depth) if self._lamp is None else self._lit(data, depth, geom))
         picture[geom < 0] = 235
         return picture.astype(np.uint8)

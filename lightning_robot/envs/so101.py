@@ -57,7 +57,7 @@ _JOINT_NAMES = tuple(f"{joint}.pos" for joint in JOINTS)
 _POSE_NAMES = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
 _POSE_LOW, _POSE_HIGH = np.array([-0.6] * 3 + [-1.0] * 4 + [0.0]), np.array([0.6] * 3 + [1.0] * 4 + [1.0])
 _UNSTABLE = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
-_MARGIN = 15.0  # degrees or per cent by which a command may exceed a joint's limit, at which it is then held
+_MARGIN = 45.0  # degrees or per cent by which a command may exceed a joint's limit, at which it is then held
 IK_FAILURE = 0.005  # m of position error from which an end-effector command counts as missed
 
 
@@ -271,6 +271,9 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if features.cloud is not None:
             # Where in a pixel a ray passes is this renderer's own affair: its centre.
             self.recipe = dataclasses.replace(CloudRecipe.from_dict(features.cloud), pixel_offset=(0.5, 0.5))
+        elif "observation.point_cloud" in features.observations:
+            points, columns = features.observations["observation.point_cloud"].shape
+            self.recipe = dataclasses.replace(self.recipe, points=points, colors=columns == 6)
         if features.action_semantics:
             self.actions = "joints" if "joints" in features.action_semantics else "end_effector"
             for units in UNITS:
@@ -360,7 +363,9 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         Returns:
             Observation; reward 1.0 on success, else 0.0; whether the task is solved; whether the time is up or the simulation
             broke; info with ``task``, ``success``, ``failure`` (at the end of an unsuccessful episode one of
-            `lightning_robot.envs.pick_and_place.OUTCOMES`) and at the end ``details``.
+            `lightning_robot.envs.pick_and_place.OUTCOMES`), with end-effector actions ``ik_error_mm`` (how far the joint
+            targets are from the commanded position) and at the end ``details``
+            (`lightning_robot.envs.pick_and_place.Progress.details` and what the inverse kinematics missed).
 
         Raises:
             ActionOutOfBounds: the action is malformed or far outside what the joints can do.
@@ -374,6 +379,8 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         success = self._progress.solved
         truncated = not success and (self._progress.out_of_limits or self._progress.steps >= self.max_steps)
         info: dict[str, Any] = {"task": self.task, "success": success, "failure": None}
+        if self._ik_errors:
+            info["ik_error_mm"] = 1e3 * self._ik_errors[-1]
         if success or truncated:
             info["failure"] = self._progress.outcome if truncated else None
             info["details"] = self._details()
@@ -469,10 +476,11 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def _details(self) -> dict[str, Any]:
         details: dict[str, Any] = self._progress.details()
-        errors = np.array(self._ik_errors)
-        if self.actions == "end_effector":
+        if self._ik_errors:
+            errors = np.array(self._ik_errors)
             details["ik_calls"] = len(errors)
             details["ik_failures"] = int((errors > IK_FAILURE).sum())
+            details["ik_failure_rate"] = details["ik_failures"] / len(errors)
             details["ik_error_mean_mm"] = float(errors.mean() * 1e3)
             details["ik_error_max_mm"] = float(errors.max() * 1e3)
         return details
@@ -492,25 +500,25 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if not {"images", "depth", "point_cloud"} & set(wants):
             return observation
         self._update_poses()
-        if "images" in wants:
-            for name, size in self.camera_sizes.items():
-                picture = self._picture(name, *size)
-                observation[f"observation.images.{name}"] = np.ascontiguousarray(picture.transpose(2, 0, 1))
         views = {name: self._camera(name) for name in self.camera_sizes}
-        if {"depth", "point_cloud"} & set(wants):
+        casts = {}
+        if self._renderer == "rays" or {"depth", "point_cloud"} & set(wants):
             casts = {name: view.cast(self._data) for name, view in views.items()}
+        for name, size in self.camera_sizes.items():
+            if "images" in wants:
+                picture = views[name].shaded(self._data, casts[name]) if self._renderer == "rays" else self._draw(name, *size)
+                observation[f"observation.images.{name}"] = np.ascontiguousarray(picture.transpose(2, 0, 1))
             if "depth" in wants:
-                for name in self.camera_sizes:
-                    observation[f"observation.depth.{name}"] = casts[name][0][None]
-            if "point_cloud" in wants:
-                names = self.recipe.cameras
-                observation["observation.point_cloud"] = cloud_from_depth(
-                    {name: casts[name][0] for name in names},
-                    {name: views[name].camera for name in names},
-                    {name: views[name].pose(self._data) for name in names},
-                    {name: views[name].colors(casts[name][1]) for name in names} if self.recipe.colors else None,
-                    self.recipe,
-                )
+                observation[f"observation.depth.{name}"] = casts[name][0][None]
+        if "point_cloud" in wants:
+            names = self.recipe.cameras
+            observation["observation.point_cloud"] = cloud_from_depth(
+                {name: casts[name][0] for name in names},
+                {name: views[name].camera for name in names},
+                {name: views[name].pose(self._data) for name in names},
+                {name: views[name].colors(casts[name][1]) for name in names} if self.recipe.colors else None,
+                self.recipe,
+            )
         return observation
 
     def render(self) -> NDArray[np.uint8] | None:
@@ -518,7 +526,9 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if self.render_mode is None:
             return None
         self._update_poses()
-        return self._picture("overview", 240, 320)
+        if self._renderer == "rays":
+            return self._camera("overview", 240, 320).shaded(self._data)
+        return self._draw("overview", 240, 320)
 
     def close(self) -> None:
         """Frees OpenGL's contexts, if any were made."""
@@ -526,9 +536,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             renderer.close()
         self._gl.clear()
 
-    def _picture(self, name: str, height: int, width: int) -> NDArray[np.uint8]:
-        if self._renderer == "rays":
-            return self._camera(name, height, width).shaded(self._data)
+    def _draw(self, name: str, height: int, width: int) -> NDArray[np.uint8]:
         from lightning_robot.envs.opengl import make_renderer
 
         if (height, width) not in self._gl:
