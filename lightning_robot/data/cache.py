@@ -112,8 +112,7 @@ def _decode(store: EpisodeStore, key: str, path: Path, shape: tuple[int, ...], d
             "Make room there, let the environment variable LIGHTNING_ROBOT_CACHE name a larger disk, or set "
             "data.init_args.decode: false (every window is then read from the compressed store, slowly)."
         )
-    if needed > 50e6:
-        say(f"Decoding {key} once into a memory-mapped file of {disk_size(needed)}: {path} (may be deleted at any time).")
+    say(f"Decoding {key} once into a memory-mapped file of {disk_size(needed)}: {path} (may be deleted at any time).")
     partial = path.with_suffix(".partial")
     rows = store.aligned_rows(key, BLOCK_BYTES)
     with open(partial, "wb") as file:

@@ -149,8 +149,9 @@ class LeRobotDataModule(EpisodeDataModule):
 
     def _pads(self) -> tuple[int, int]:
         before, after = super()._pads()
+        most = window_steps(self.window) - self.window.observation_steps  # the newest observation stays within its episode
+        after = min(after, most)
         if self.drop_n_last_frames is not None:
-            most = window_steps(self.window) - self.window.observation_steps
             if self.drop_n_last_frames > most:
                 raise ValueError(
                     f"drop_n_last_frames: {self.drop_n_last_frames}; with this policy's horizons a window ends at most {most} "

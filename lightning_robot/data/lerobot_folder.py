@@ -360,7 +360,8 @@ class LeRobotFolder:
             shape = tuple(int(size) for size in self.info["features"][name]["shape"])
             if values.size != self.num_frames * int(np.prod(shape, dtype=np.int64)):
                 raise StoreError(
-                    f"{self.path}: {name} has {values.size} values in {self.num_frames} frames, not {shape} in each."
+                    f"{self.path}: {name} has {values.size} values in {self.num_frames} frames, but {INFO} gives it the shape "
+                    f"{shape}. Write the dataset again, or correct the shape there."
                 )
             arrays[name] = values.reshape(self.num_frames, *shape).astype(np.float32, copy=False)
         return arrays
@@ -510,8 +511,8 @@ def _check_counts(path: Path, info: dict[str, Any], table: Table) -> None:
     """Episode table against meta/info.json."""
     if len(table.lengths) != info["total_episodes"]:
         raise StoreError(
-            f"{path}: {INFO} counts {info['total_episodes']} episodes, meta/episodes lists {len(table.lengths)}. The folder was "
-            "not copied whole, or its writer was interrupted: copy or download it again."
+            f"{path}: {INFO} counts {info['total_episodes']} episodes, meta/episodes lists {len(table.lengths)}. The folder "
+            "was not copied whole, or its writer was interrupted: copy or download it again."
         )
     if (empty := np.flatnonzero(table.lengths < 1)).size:
         raise StoreError(f"{path}: episode {empty[0]} has {table.lengths[empty[0]]} frames. Remove it from the dataset.")

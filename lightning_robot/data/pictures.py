@@ -60,16 +60,14 @@ class Pictures:
 
     def encoded(self, row: int) -> memoryview:
         """The bytes of one picture file."""
-        return memoryview(self.data[self.offsets[row] : self.offsets[row + 1]])
+        return self.data[self.offsets[row] : self.offsets[row + 1]].data
 
     def _decode_into(self, target: np.ndarray, row: int) -> None:
         from PIL import Image
 
         try:
             with Image.open(io.BytesIO(self.encoded(row)), formats=("PNG", "JPEG", "TIFF")) as picture:
-                if self.depth is None and picture.mode != "RGB":
-                    picture = picture.convert("RGB")
-                values = np.asarray(picture)
+                values = np.asarray(picture if self.depth or picture.mode == "RGB" else picture.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise StoreError(
                 f"{self.where}: the picture of frame {row} cannot be decoded ({error}). Copy or download the file again."
@@ -230,7 +228,7 @@ def picture_statistics(source: Any, rows: np.ndarray, key: str) -> Statistics:
     mean = counts @ value / total
     std = np.sqrt((counts * (value - mean[:, None]) ** 2).sum(axis=1) / max(1, total - 1))
     below = np.cumsum(counts, axis=1)
-    quantiles = [value[(below > quantile * (total - 1)).argmax(axis=1)] for quantile in (0.01, 0.99)]
+    q01, q99 = (value[(below > quantile * (total - 1)).argmax(axis=1)] for quantile in (0.01, 0.99))
     present = counts > 0
     low, high = value[present.argmax(axis=1)], value[255 - present[:, ::-1].argmax(axis=1)]
-    return Statistics(low, high, mean, std, *quantiles, count=total)
+    return Statistics(low, high, mean, std, q01, q99, total)

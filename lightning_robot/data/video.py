@@ -1,6 +1,6 @@
 """Frames of video files by integer frame number: two decoders, a bounded number of open files, and depth codes.
 
-A frame of a constant-rate video is found by number, ``round(pts * fps)`` in float64, never by comparing times in float32: at
+A frame of a constant-rate video is found by number, ``pts * fps`` in float64, never by comparing times in float32: at
 1024 s two neighbouring float32 numbers lie 0.12 ms apart, more than the tolerance that such comparisons allow.
 """
 
@@ -10,9 +10,10 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from lightning_robot.data.store import StoreError
 
 OPEN_FILES = 64
 """Decoders that one process keeps open; the one used longest ago is closed first."""
+
+MISPLACED = 0.2
+"""Frames by which a picture's time may differ from its number (containers round times)."""
 
 FORWARD_FRAMES = 16
 """PyAV decodes on over gaps of up to so many frames, and seeks over larger ones."""
@@ -109,18 +113,16 @@ class TorchcodecVideo:
             except (IndexError, RuntimeError, ValueError) as error:
                 if mode == "exact":
                     raise _unreadable(self.path, error) from error
-                problem = True
             else:
-                found = np.rint(batch.pts_seconds.numpy() * self.fps).astype(np.int64)
-                problem = bool((found != numbers).any())
-                if not problem:
+                found = batch.pts_seconds.numpy() * self.fps
+                if (np.abs(found - numbers) < MISPLACED).all():
                     return batch.data.numpy()
                 if mode == "exact":
                     raise _misplaced(self.path, numbers, found, self.fps)
             self._open("exact")
         raise AssertionError
 
-    def _open(self, mode: str) -> None:
+    def _open(self, mode: Literal["approximate", "exact"]) -> None:
         from torchcodec.decoders import VideoDecoder
 
         try:
@@ -157,15 +159,16 @@ class PyavVideo:
 
     def _frame(self, number: int) -> np.ndarray:
         if self._frames is None or not self._position < number <= self._position + FORWARD_FRAMES:
-            time_base = self._stream.time_base
+            time_base = self._stream.time_base or Fraction(1, 90_000)
             self._container.seek(round((number + 0.5) / self.fps / time_base), stream=self._stream, backward=True)
             self._frames = self._container.decode(self._stream)
         for frame in self._frames:
-            self._position = round(float(frame.pts * frame.time_base) * self.fps)
-            if self._position == number:
+            place = float(frame.pts * frame.time_base) * self.fps
+            self._position = round(place)
+            if abs(place - number) < MISPLACED:
                 return self._codes(frame) if self.depth else frame.to_ndarray(format="rgb24")
-            if self._position > number:
-                raise _misplaced(self.path, np.array([number]), np.array([self._position]), self.fps)
+            if self._position >= number:
+                raise _misplaced(self.path, np.array([number]), np.array([place]), self.fps)
         self._frames = None
         raise StoreError(f"{self.path} ends before frame {number}. {_REMEDY}")
 
@@ -301,8 +304,9 @@ def _unreadable(path: Path, error: Exception) -> StoreError:
 
 
 def _misplaced(path: Path, wanted: np.ndarray, found: np.ndarray, fps: float) -> StoreError:
-    first = int(np.flatnonzero(found != wanted)[0])
+    first = int(np.flatnonzero(np.abs(found - wanted) >= MISPLACED)[0])
+    asked, held = wanted[first] / fps, found[first] / fps
     return StoreError(
-        f"{path}: asked for frame {wanted[first]} at {wanted[first] / fps:.4f} s, it holds frame {found[first]} there: the "
-        f"video does not run at a constant {fps:g} frames per second from time 0. Encode it again at that rate."
+        f"{path}: asked for frame {wanted[first]} at {asked:.4f} s, it holds a frame of {held:.4f} s there: the video does not run "
+        f"at a constant {fps:g} frames per second from time 0. Encode it again at that rate."
     )
