@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 Prediction = Literal["sample", "epsilon"]
@@ -83,7 +84,8 @@ def ddpm_step(
         (B, H, A) at the previous time step.
     """
     clean = estimated_sample(noisy, output, alpha, prediction, clip)
-    kept = alpha / alpha_previous  # of this step alone; 1 - kept is its beta
+    # Of this step alone; 1 - kept is its beta. In float32, as diffusers has it: of a small beta that is the fourth digit.
+    kept = float(np.float32(alpha / alpha_previous))
     remaining = (1 - alpha_previous) / (1 - alpha)
     result = (alpha_previous**0.5 * (1 - kept) / (1 - alpha)) * clean + (kept**0.5 * remaining) * noisy
     return result if noise is None else result + max(remaining * (1 - kept), 1e-20) ** 0.5 * noise
