@@ -183,7 +183,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, keys_values: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
-        """(B, L, width) to the same; `keys_values` (B, M, 2 width) are the memory's; masks (L, L), (L, M) are true where seen."""
+        """(B, L, width) to the same; `keys_values` (B, M, 2 width); masks (L, L) and (L, M) are true where one sees."""
         normal = self.norms[0](x)
         x = x + self.attention(normal, self.attention.keys_values(normal), mask)
         if self.cross is not None:

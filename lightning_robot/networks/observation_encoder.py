@@ -56,7 +56,7 @@ class ImageEncoder(nn.Module):
     over each feature map).
 
     Args:
-        backbone: (R, channels in, height, width) to a feature map (R, `backbone.channels`, h, w).
+        backbone: (R, 3, height, width) to a feature map (R, `backbone.channels`, h, w); gets its pictures channels-last.
         image_sizes: (height, width) of each camera's pictures.
         keypoints: K, or None for the mean of every channel of the feature map.
         resize: height and width that pictures are brought to first.
@@ -73,7 +73,7 @@ class ImageEncoder(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sequence[tuple[int, ...]],
         keypoints: int | None = 32,
         resize: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
@@ -88,7 +88,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"Cameras that share an encoder need pictures of one size, got {self.sizes}: set resize, or separate_encoders."
             )
-        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.backbone = backbone
         channels = int(backbone.channels)  # type: ignore[arg-type]
         self.features_size = channels if keypoints is None else 2 * keypoints  # per camera
         self.size = self.features_size * len(image_sizes)
@@ -125,7 +125,8 @@ class ImageEncoder(nn.Module):
         """(R, C, h, w) feature maps to (R, K, 2): x and y in -1 ... 1."""
         assert self.keypoint_maps is not None
         weights = self.keypoint_maps(features).flatten(2).softmax(2)  # (R, K, h * w)
-        return weights @ keypoint_grid(*features.shape[2:], weights.device).to(weights.dtype)
+        height, width = features.shape[2:]
+        return weights @ keypoint_grid(height, width, weights.device).to(weights.dtype)
 
     def set_statistics(self, mean: Any, deviation: Any, camera: int | None = None) -> None:
         """Sets `image_mean` and `image_std`, (3,) each, of one camera, or of all."""

@@ -57,6 +57,25 @@ def test_modulations_separate():
         torch.testing.assert_close(joint, time + condition, rtol=0, atol=1e-6)
 
 
+def test_conditioning_per_step():
+    unet = small_unet()
+    timesteps, c = torch.tensor([90, 40, 0]), torch.randn(5, 12)
+    for t, found in zip(timesteps, unet.conditioning_per_step(timesteps, c), strict=True):
+        for a, b in zip(found, unet.conditioning(t.expand(5), c), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_shifts_alone():
+    """Without scales the modulation is added: LeRobot's use_film_scale_modulation: false."""
+    unet = small_unet(scales=False)
+    block, x, shift = unet.middle[0], torch.randn(2, 32, 4), torch.randn(2, 32)
+    expected = block.second(block.first(x) + shift.unsqueeze(2)) + block.shortcut(x)
+    torch.testing.assert_close(block(x, shift), expected)
+    t, c = torch.tensor([3, 99]), torch.randn(2, 12)
+    assert [part.shape[1] for part in unet.conditioning(t, c)][:3] == [16, 16, 24]
+    assert unet(torch.randn(2, 16, 7), unet.conditioning(t, c)).shape == (2, 16, 7)
+
+
 def test_compiles_as_one_graph():
     unet = small_unet()
     x, modulations = torch.randn(2, 16, 7), unet.conditioning(torch.tensor([3, 99]), torch.randn(2, 12))
