@@ -52,9 +52,12 @@ PARAPHRASES = (
     "move the block to the bowl",
     "drop the red cube in the bowl",
 )
+REST = np.array([-13.0, -55.0, 45.0, 75.0, 90.0, 45.0])  # degrees and per cent
+_DOWN = np.array([0.5, -0.5, 0.5, 0.5])  # quaternion (w, x, y, z) of a gripper that points down and opens to the left
 _CLOUD = {"cameras": ("overhead", "wrist"), "crop": ((0.05, -0.30, 0.005), (0.45, 0.30, 0.40))}
 _JOINT_NAMES = tuple(f"{joint}.pos" for joint in JOINTS)
 _POSE_NAMES = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
+_SCENE_NAMES = ("block_x", "block_y", "block_z", "block_qw", "block_qx", "block_qy", "block_qz", "bowl_x", "bowl_y")
 _POSE_LOW, _POSE_HIGH = np.array([-0.6] * 3 + [-1.0] * 4 + [0.0]), np.array([0.6] * 3 + [1.0] * 4 + [1.0])
 _UNSTABLE = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 _MARGIN = 45.0  # degrees or per cent by which a command may exceed a joint's limit, at which it is then held
@@ -179,10 +182,10 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def features(self) -> Features:
         """What this environment offers to a policy."""
         wants, sizes = self.observations, self.camera_sizes
-        kinds = ("scalar",) * 5 + ("gripper",)
+        kinds: tuple[str, ...] = ("scalar",) * 5 + ("gripper",)
         degrees = self.units == "degrees"
         joints = Feature((6,), unit="degrees, %" if degrees else "%", names=_JOINT_NAMES, kinds=kinds)
-        offered = {}
+        offered: dict[str, Feature] = {}
         if "state" in wants:
             offered["observation.state"] = joints
         for kind, shape, dtype, unit in (("images", 3, "uint8", ""), ("depth", 1, "float32", "m")):
@@ -192,15 +195,14 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             columns = 6 if self.recipe.colors else 3
             offered["observation.point_cloud"] = Feature((self.recipe.points, columns), unit="m", frame="base")
         if "environment_state" in wants:
-            names = ("block_x", "block_y", "block_z", "block_qw", "block_qx", "block_qy", "block_qz", "bowl_x", "bowl_y")
-            places = ("position",) * 3 + ("rotation",) * 4 + ("position",) * 2
-            offered["observation.environment_state"] = Feature((9,), unit="m", names=names, kinds=places, frame="base")
+            kinds = ("position",) * 3 + ("rotation",) * 4 + ("position",) * 2
+            offered["observation.environment_state"] = Feature((9,), unit="m", names=_SCENE_NAMES, kinds=kinds, frame="base")
         if self.actions == "joints":
             action = joints
             form = f"joints {self.units}; gripper 0 closed 100 open"
         else:
-            places = ("position",) * 3 + ("rotation",) * 4 + ("gripper",)
-            action = Feature((8,), unit="m, quaternion", names=_POSE_NAMES, kinds=places, frame="base")
+            kinds = ("position",) * 3 + ("rotation",) * 4 + ("gripper",)
+            action = Feature((8,), unit="m, quaternion", names=_POSE_NAMES, kinds=kinds, frame="base")
             form = "base; gripper 0 closed 1 open"
         return Features(
             observations=offered,
@@ -290,8 +292,8 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
         offered: dict[str, spaces.Space] = {"task": spaces.Text(200, charset=string.ascii_letters + string.digits + " ,.'-")}
         for key, feature in self.features.observations.items():
-            low, high = (0, 255) if feature.dtype == "uint8" else (-np.inf, np.inf)
-            offered[key] = spaces.Box(low, high, feature.shape, np.dtype(feature.dtype))
+            bottom, top = (0, 255) if feature.dtype == "uint8" else (-np.inf, np.inf)
+            offered[key] = spaces.Box(bottom, top, feature.shape, np.dtype(feature.dtype))
         self.observation_space = spaces.Dict(offered)
 
     # --- episodes ----------------------------------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.kinematics.forward(joints)
         x, y, z, w = matrix_to_quaternion(self.kinematics.matrix)
         quaternion = np.array([w, x, y, z])
-        if quaternion @ _DOWN < 0:  # one of the two signs, always the same for a gripper that points down
+        if quaternion @ _DOWN < 0:  # of the two signs the same for all grips from above
             quaternion = -quaternion
         share = (joints[5] - LOWER[5]) / (UPPER[5] - LOWER[5])
         return np.array([*self.kinematics.position, *quaternion, share], dtype=np.float32)
@@ -569,10 +571,6 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._jaw_of_geom = [jaws.get(int(body), -1) for body in model.geom_bodyid]
         # Opening against angle: 0.0755 m per rad near the tips, 0.0158 m at 0.
         self._narrow = (self.physics.block_size - 0.0158) / 0.0755
-
-
-REST = np.array([-13.0, -55.0, 45.0, 75.0, 90.0, 45.0])  # degrees and per cent
-_DOWN = np.array([0.5, 0.5, 0.5, -0.5])
 
 
 def _fields(name: str, kind: type, values: Mapping[str, Any] | None) -> Any:

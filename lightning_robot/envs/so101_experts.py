@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-PEAK_SPEED = 1.4  # rad/s of any arm joint
+PEAK_SPEED, PEAK_ACCELERATION = 1.4, 9.0  # rad/s and rad/s² of any arm joint
 OPEN, CLOSED = 45.0, 0.0  # of 100
 HOVER, LIFT, OVER, RELEASE = 0.055, 0.075, 0.085, 0.05  # m above the table, of the block's centre in the jaws
 SIDE = 0.003  # m between the fixed jaw and the block on the way down
@@ -106,7 +106,8 @@ class Expert:
         """Appends a ramp of the joints from the last way point to (6,) radians."""
         start = self._way[-1][1] if self._way else self._command
         far = float(np.abs(target[:5] - start[:5]).max())
-        steps = max(least, math.ceil(far * math.pi / 2 / PEAK_SPEED * self._environment.control_rate))
+        seconds = max(far * math.pi / 2 / PEAK_SPEED, math.pi * math.sqrt(far / (2 * PEAK_ACCELERATION)))
+        steps = max(least, math.ceil(seconds * self._environment.control_rate))
         for number in range(1, steps + 1):
             share = 0.5 - 0.5 * math.cos(math.pi * number / steps)
             self._way.append((phase, start + share * (target - start)))

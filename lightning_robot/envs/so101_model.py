@@ -151,7 +151,7 @@ _PADS: dict[str, tuple[tuple[tuple[float, float, float], tuple[float, float, flo
 }
 
 
-def _vector(values: Sequence[float]) -> str:
+def _vector(values: Sequence[float] | NDArray[np.float64]) -> str:
     return " ".join(f"{value:.12g}" for value in values)
 
 
