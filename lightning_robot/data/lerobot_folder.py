@@ -17,7 +17,7 @@ import numpy as np
 
 from lightning_robot.console import progress, say
 from lightning_robot.data.cache import writable_folder
-from lightning_robot.data.pictures import Pictures, read_encoded
+from lightning_robot.data.pictures import Pictures, png_decoder, read_encoded
 from lightning_robot.data.store import StoreError
 from lightning_robot.data.video import DepthCode, VideoFrames, frame_count, video_backend
 from lightning_robot.features import Feature, Features
@@ -185,6 +185,7 @@ class LeRobotFolder:
                     camera.files, camera.file_of_episode[episode], number, camera.frame_shape, self.fps, backend, camera.depth
                 )
             else:
+                png_decoder()  # here, where it is said once, rather than in every worker
                 name = f"{camera.column}-{self.fingerprint[:16]}"
                 data, offsets = read_encoded(self.path, self._table.data_files, camera.column, writable_folder(self.path), name)
                 where = f"{self.path}: {camera.column}"

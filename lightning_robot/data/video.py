@@ -307,6 +307,6 @@ def _misplaced(path: Path, wanted: np.ndarray, found: np.ndarray, fps: float) ->
     first = int(np.flatnonzero(np.abs(found - wanted) >= MISPLACED)[0])
     asked, held = wanted[first] / fps, found[first] / fps
     return StoreError(
-        f"{path}: asked for frame {wanted[first]} at {asked:.4f} s, it holds a frame of {held:.4f} s there: the video does not run "
-        f"at a constant {fps:g} frames per second from time 0. Encode it again at that rate."
+        f"{path}: asked for frame {wanted[first]} at {asked:.4f} s, it holds a frame of {held:.4f} s there: the video does not "
+        f"run at a constant {fps:g} frames per second from time 0. Encode it again at that rate."
     )

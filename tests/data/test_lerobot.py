@@ -164,7 +164,7 @@ def test_statistics_are_of_training_episodes(shared):
 @pytest.mark.parametrize(
     # Those of videos were noted before encoding, which loses a little.
     ("name", "exact", "extremes"),
-    [("lerobot_v3_image_sample", 1e-4, 1e-6), ("lerobot_v3_sample", 0.01, 0.1)],
+    [("lerobot_v3_image_sample", 2e-3, 1e-6), ("lerobot_v3_sample", 0.01, 0.1)],
 )
 def test_noted_picture_statistics_equal_computed_ones(shared, capsys, name, exact, extremes):
     data = ready(shared / "data" / name, validation_episodes=[1])
