@@ -29,9 +29,10 @@ REQUIREMENTS = {
     "0.4.4": (
         "numpy<2.3 opencv-python-headless<4.13 Pillow<13 einops draccus==0.10.0 huggingface-hub<0.36 requests gymnasium "
         "safetensors packaging termcolor tqdm datasets<4.2 pandas<3 pyarrow av==15.1.0 jsonlines diffusers<0.36 deepdiff "
-        "imageio[ffmpeg] cachebox pyserial"
+        "imageio[ffmpeg] cachebox pyserial psutil"
     ),
 }
+BESIDE_TORCH = {"0.6.1": [], "0.4.4": ["accelerate<2"]}  # installed without their requirements, among them torch
 
 # Imported at every start of the environment's Python: an import hook, so that starting stays cheap.
 START_UP = '''"""Declares torchvision's operators beside a torch without CUDA, at the first import of torchvision."""
@@ -77,7 +78,7 @@ def build(folder: Path, version: str) -> Path:
     subprocess.run([*pip, "download", f"lerobot=={version}", *anywhere, "-d", str(wheel_folder)], check=True)
     (wheel,) = wheel_folder.glob("lerobot-*.whl")
     again = ["--no-deps", "--force-reinstall", "--ignore-requires-python"]
-    subprocess.run([*pip, "install", *again, str(wheel)], check=True)
+    subprocess.run([*pip, "install", *again, str(wheel), *BESIDE_TORCH[version]], check=True)
     (site,) = (folder / "lib").glob("python*/site-packages")
     if sys.version_info < (3, 12):
         for file in (site / "lerobot").rglob("*.py"):

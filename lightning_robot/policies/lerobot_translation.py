@@ -139,7 +139,6 @@ class ACTTranslation(Translation):
         name = torchvision_name(options["backbone"]) if pictures else "resnet18"
         refuse(
             {
-                "observations without observation.state": STATE not in keys,
                 "observations without a camera and without observation.environment_state": keys == (STATE,),
                 f"backbone_stages: {options['backbone_stages']}": pictures and options["backbone_stages"] != 4,
                 f"backbone_norm: {options['backbone_norm']}": pictures and options["backbone_norm"] != "frozen_batch",
