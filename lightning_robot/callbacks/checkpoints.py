@@ -50,6 +50,8 @@ class Checkpoints(Checkpoint):
     resumes exactly. `best` holds raw and averaged weights of the best validation so far. ``checkpoint.json`` beside it
     says epoch, step and score. Files hold tensors and plain containers only: the first one is read back as such.
 
+    For a sweep by ``evaluate RUN --all`` checkpoints of the whole run can be kept (`keep_every_n_epochs`).
+
     Args:
         monitor: metric that ranks; None takes ``val/success`` where simulation is on, else ``val/loss``.
         mode: whether the metric is better when larger; None: larger for success, smaller otherwise.
@@ -60,6 +62,8 @@ class Checkpoints(Checkpoint):
         initial: whether the untrained weights are kept as ``initial.ckpt``.
         every_n_epochs: epochs between two writes of `last`.
         every_n_steps: optimizer steps between further writes of `last` within an epoch; 0 for none.
+        keep_every_n_epochs: epochs between checkpoints that are kept for good, as ``epoch0099.ckpt``, without the optimizer's
+            state; 0 for none.
     """
 
     def __init__(
@@ -72,9 +76,10 @@ class Checkpoints(Checkpoint):
         initial: bool = False,
         every_n_epochs: int = 1,
         every_n_steps: int = 0,
+        keep_every_n_epochs: int = 0,
     ) -> None:
-        if every_n_epochs < 1 or every_n_steps < 0 or top_k < 0:
-            raise ValueError("every_n_epochs must be at least 1, every_n_steps and top_k at least 0.")
+        if every_n_epochs < 1 or every_n_steps < 0 or top_k < 0 or keep_every_n_epochs < 0:
+            raise ValueError("every_n_epochs must be at least 1, every_n_steps, keep_every_n_epochs and top_k at least 0.")
         self.monitor = monitor
         self.mode = mode
         self.tie_break = tie_break
@@ -83,6 +88,7 @@ class Checkpoints(Checkpoint):
         self.initial = initial
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
+        self.keep_every_n_epochs = keep_every_n_epochs
         self.directory = Path()
         self.best: dict[str, Any] | None = None
         self.top: list[dict[str, Any]] = []
@@ -191,6 +197,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epochs = trainer.current_epoch + 1
+        if self.keep_every_n_epochs and epochs % self.keep_every_n_epochs == 0:
+            self._save(trainer, f"epoch{trainer.current_epoch:04d}.ckpt", optimizer=False)
         if epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs:
             self._save_last(trainer)
 
@@ -226,6 +234,12 @@ class Checkpoints(Checkpoint):
                 say(f"Not saved: the interruption came within an optimizer step. {self._kept()}")
         else:
             say(self._kept())  # the ranks may be at different places
+
+    def kept_for_good(self, max_epochs: int | None) -> int:
+        """How many files `keep_every_n_epochs` makes in so many epochs; 1 where their number is not limited."""
+        if not self.keep_every_n_epochs:
+            return 0
+        return max_epochs // self.keep_every_n_epochs if max_epochs is not None and max_epochs > 0 else 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "top": self.top}

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_robot.console import say
+from lightning_robot.evaluation.controller import Ensembling
 from lightning_robot.evaluation.metrics import SuccessRate
 from lightning_robot.evaluation.result import EvaluationResult
 from lightning_robot.evaluation.rollout import (
@@ -48,6 +49,8 @@ class SimulationEvaluation(Callback):
         processes: worker processes per rank that step environments; 0 steps them in the training process.
         threads: torch's threads per rank while playing.
         execution_horizon: actions executed of each chunk; null takes the policy's own.
+        ensembling: temporal ensembling: coefficient and direction (oldest, newest), true for the published ones, false for
+            none; null takes the policy's own.
         max_steps: step limit of an episode; null takes the environment's own.
         videos: videos per evaluation, failures first.
     """
@@ -66,6 +69,7 @@ class SimulationEvaluation(Callback):
         processes: int = 0,
         threads: int = 1,
         execution_horizon: int | None = None,
+        ensembling: dict[str, Any] | bool | None = None,
         max_steps: int | None = None,
         videos: int = 0,
     ) -> None:
@@ -88,6 +92,8 @@ class SimulationEvaluation(Callback):
         self.processes = processes
         self.threads = threads
         self.execution_horizon = execution_horizon
+        self.ensembling = ensembling
+        self._ensembling = Ensembling.from_setting(ensembling)
         self.max_steps = max_steps
         self.videos = videos
         self.evaluated_this_epoch = False  # the logged success is of these very weights
@@ -163,6 +169,7 @@ class SimulationEvaluation(Callback):
                 "env_kwargs": self.env_kwargs,
                 "tasks": self.played_tasks or self.tasks,
                 "execution_horizon": self.execution_horizon,
+                "ensembling": self.ensembling,
                 "max_steps": self.max_steps,
                 "inference_batch": self.inference_batch,
             }
@@ -218,6 +225,7 @@ class SimulationEvaluation(Callback):
                 processes=self.processes,
                 max_steps=self.max_steps,
                 execution_horizon=self.execution_horizon,
+                ensembling=self._ensembling,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )

@@ -60,7 +60,7 @@ class Guards(Callback):
             keeper = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
             if keeper is not None:
                 averaging = any(getattr(c, "enabled", False) and hasattr(c, "averaged") for c in trainer.callbacks)
-                needed = checkpoint_bytes(pl_module, keeper, averaging)
+                needed = checkpoint_bytes(pl_module, keeper, averaging, trainer.max_epochs)
                 present = sum(file.stat().st_size for file in keeper.directory.glob("*.ckpt"))
                 require_space(keeper.directory, max(0, needed - present))
         say(describe_parameters(pl_module))
@@ -188,14 +188,17 @@ def describe_parameters(pl_module: LightningModule) -> str:
     return line + "."
 
 
-def checkpoint_bytes(pl_module: LightningModule, checkpoints: Checkpoints, averaging: bool) -> int:
+def checkpoint_bytes(
+    pl_module: LightningModule, checkpoints: Checkpoints, averaging: bool, max_epochs: int | None = None
+) -> int:
     """Bytes that the run's checkpoints need at most: raw, averaged, two moments, and one file more while it is written."""
     weights = sum(t.numel() * t.element_size() for t in [*pl_module.parameters(), *pl_module.buffers()])
     trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
     slim = weights + (trained if averaging else 0)
     full = slim + 2 * trained
     best = full if checkpoints.best_optimizer else slim
-    return full + best * (1 + checkpoints.top_k) + slim * checkpoints.initial + full
+    kept = checkpoints.kept_for_good(max_epochs) + checkpoints.initial
+    return full + best * (1 + checkpoints.top_k) + slim * kept + full
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -214,7 +217,8 @@ def require_space(folder: Path, needed: int) -> None:
     raise DiskFullError(
         errno.ENOSPC,
         f"The checkpoints need up to {disk_size(needed)} at {folder}, {told} there. Free space, choose another disk "
-        "(run.root), keep fewer files (checkpoints.top_k: 0), or start anyway with guards.check_disk: false",
+        "(run.root), keep fewer files (checkpoints.top_k, checkpoints.keep_every_n_epochs), or start anyway with "
+        "guards.check_disk: false",
     )
 
 

@@ -1,4 +1,4 @@
-"""From observations of single steps to actions of single steps: history, chunk queue, ensembling, resets."""
+"""From observations of single steps to actions of single steps: history, chunk queue, ensembling, post-processing, resets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from lightning_robot.transforms.postprocess import build_postprocess, postprocess_action
+
 if TYPE_CHECKING:
     from lightning_robot.policies.base import Policy
 
@@ -21,8 +23,10 @@ INFERENCE_BATCH = 8  # default everywhere: a result depends on the batch size in
 class Ensembling:
     """Temporal ensembling (Zhao et al. 2023, arXiv 2304.13705): a query at every step, the predictions for it averaged.
 
+    Averages are taken element by element, in physical units: equal to averages of normalised actions.
+
     Attributes:
-        coefficient: k of the weights exp(-k i), normalised.
+        coefficient: k of the weights exp(-k i), normalised; below 0 it turns the direction round.
         direction: what i counts from: ``oldest`` weighs the oldest prediction most, as published; ``newest`` the newest.
     """
 
@@ -32,6 +36,15 @@ class Ensembling:
     def __post_init__(self) -> None:
         if self.direction not in ("oldest", "newest"):
             raise ValueError(f"Ensembling counts from the 'oldest' or the 'newest' prediction, not {self.direction!r}.")
+
+    @classmethod
+    def from_setting(cls, setting: dict[str, Any] | bool | None) -> Ensembling | Literal[False] | None:
+        """What `Controller` takes, of a configuration's setting: coefficient and direction, true, false or null."""
+        if not isinstance(setting, dict):
+            return cls() if setting else None if setting is None else False
+        if unknown := set(setting) - {"coefficient", "direction"}:
+            raise ValueError(f"ensembling takes coefficient and direction, not {', '.join(sorted(unknown))}.")
+        return cls(**setting)
 
     def weights(self, count: int) -> np.ndarray:
         """(count,) float64 weights of predictions ordered from the oldest to the newest."""
@@ -54,12 +67,15 @@ class Controller:
 
     Environments need not be in step with one another: `act` takes any of them. The policy is always asked in batches of
     `inference_batch` rows (a short batch is filled with copies of its first row), so that an action does not depend on how
-    many environments there are.
+    many environments there are. Ensembling and post-processing are the policy's own unless something else is asked for.
 
     Attributes:
+        ensembling: in use, None for a chunk queue.
+        postprocess: in use, as plain dicts.
         chunks: per environment the chunk that is being executed, (H', A) float32, None before the first query.
         position: per environment the row of its chunk that the next action comes from.
         queries: (environments, seconds) of every query so far.
+        predicted: smallest and largest value of each action element in all chunks so far, (2, A), before post-processing.
     """
 
     def __init__(
@@ -68,7 +84,8 @@ class Controller:
         num_envs: int = 1,
         *,
         execution_horizon: int | None = None,
-        ensembling: Ensembling | None = None,
+        ensembling: Ensembling | Literal[False] | None = None,
+        postprocess: Sequence[dict[str, Any]] | None = None,
         inference_batch: int = INFERENCE_BATCH,
     ) -> None:
         """Creates a controller whose environments all wait for their first `reset`.
@@ -77,7 +94,10 @@ class Controller:
             policy: what is asked for chunks.
             num_envs: number of environments.
             execution_horizon: actions executed before the next query; the policy's own when None.
-            ensembling: average overlapping predictions; asks at every step.
+            ensembling: average overlapping predictions, asking at every step; None does as the policy says (unless an
+                execution horizon above 1 is asked for), False never does.
+            postprocess: steps applied to every action (`lightning_robot.transforms.postprocess`), in place of the policy's own;
+                None takes those.
             inference_batch: rows of every query.
 
         Raises:
@@ -90,13 +110,13 @@ class Controller:
             )
         if num_envs < 1 or inference_batch < 1:
             raise ValueError(f"num_envs and inference_batch must be at least 1, not {num_envs} and {inference_batch}.")
-        if ensembling is not None and execution_horizon not in (None, 1):
+        if ensembling and execution_horizon not in (None, 1):
             raise ValueError(f"Ensembling asks at every step: execution_horizon must be 1, not {execution_horizon}.")
         self.policy = policy
         self.num_envs = num_envs
-        self.ensembling = ensembling
+        self.ensembling = choose_ensembling(policy, ensembling, execution_horizon)
         self.inference_batch = inference_batch
-        self.execution_horizon = 1 if ensembling else execution_horizon or policy.execution_horizon
+        self.execution_horizon = 1 if self.ensembling else execution_horizon or policy.execution_horizon
         available = policy.action_horizon + getattr(policy, "action_offset", 0)
         if not 1 <= self.execution_horizon <= available:
             raise ValueError(
@@ -104,6 +124,10 @@ class Controller:
                 "newest observation on."
             )
         self.action_size = policy.features.action.shape[-1]
+        own = getattr(policy, "postprocess", None)
+        self.postprocess = [dict(step) for step in (own if postprocess is None else postprocess) or ()]
+        self._steps_of_postprocess = build_postprocess(self.postprocess, policy.features)
+        self.predicted = np.tile([[np.inf], [-np.inf]], self.action_size)
         self.chunks: list[np.ndarray | None] = [None] * num_envs
         self.position = [0] * num_envs
         self.queries: list[tuple[tuple[int, ...], float]] = []
@@ -113,6 +137,7 @@ class Controller:
         self._counts = [0] * num_envs  # chunks asked so far in the episode
         self._histories: list[deque] = [deque(maxlen=policy.observation_steps) for _ in range(num_envs)]
         self._predictions: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(num_envs)]
+        self._outputs: list[list[np.ndarray] | None] = [None] * num_envs  # of each step of the post-processing
 
     def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> None:
         """Begins an episode in each of the environments `indices`; nothing of the one before remains.
@@ -130,6 +155,7 @@ class Controller:
             self._counts[index] = 0
             self._histories[index].clear()
             self._predictions[index].clear()
+            self._outputs[index] = None
 
     def needs_query(self, index: int) -> bool:
         """True if the next action of an environment needs a new chunk."""
@@ -202,6 +228,9 @@ class Controller:
                 )
             if chunks.shape[1] < self.execution_horizon:
                 raise RuntimeError(f"{chunks.shape[1]} actions predicted, {self.execution_horizon} to be executed.")
+            ours = chunks[: len(group)]
+            self.predicted[0] = np.minimum(self.predicted[0], ours.min(axis=(0, 1)))
+            self.predicted[1] = np.maximum(self.predicted[1], ours.max(axis=(0, 1)))
             for index, chunk in zip(group, chunks):
                 self.chunks[index] = chunk
                 self.position[index] = 0
@@ -235,6 +264,9 @@ class Controller:
             action = chunk[self.position[index]]
         self.position[index] += 1
         self._steps[index] += 1
+        if not self._steps_of_postprocess:
+            return action.copy()
+        action, self._outputs[index] = postprocess_action(self._steps_of_postprocess, action, self._outputs[index])
         return action.copy()
 
     def _ensemble(self, index: int, ensembling: Ensembling) -> np.ndarray:
@@ -243,6 +275,16 @@ class Controller:
         self._predictions[index] = alive
         predictions = np.stack([chunk[now - start] for start, chunk in alive]).astype(np.float64)
         return (ensembling.weights(len(alive)) @ predictions).astype(np.float32)
+
+
+def choose_ensembling(
+    policy: Any, asked: Ensembling | Literal[False] | None, execution_horizon: int | None = None
+) -> Ensembling | None:
+    """The ensembling in use; see `Controller`."""
+    own = getattr(policy, "ensembling", None)
+    if asked is None and own and execution_horizon in (None, 1):
+        return Ensembling(**own)
+    return asked or None
 
 
 def _device(policy: Any) -> torch.device:

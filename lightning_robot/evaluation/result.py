@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from lightning_robot.evaluation import outcomes
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -59,6 +61,7 @@ class EpisodeRecord:
         queries: chunks asked of the policy.
         steps_out_of_bounds: steps whose action lay outside the environment's bounds by more than a tenth of their range; what
             it does with them is the environment's affair.
+        details: what the environment said of the episode at its end (`lightning_robot.evaluation.outcomes`); may be empty.
     """
 
     seed: int
@@ -71,6 +74,12 @@ class EpisodeRecord:
     start_state: str
     queries: int
     steps_out_of_bounds: int
+    details: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def broke_off(self) -> bool:
+        """Whether an exception or a dead process ended it."""
+        return (self.failure or "").startswith("error")
 
     @property
     def outcome(self) -> str:
@@ -102,7 +111,7 @@ class EvaluationResult:
     Attributes:
         records: one per episode, sorted by seed.
         settings: everything that the table depends on beside the checkpoint: environment, its arguments, step limit, execution
-            horizon, ensembling, inference batch, threads, device, library versions. No process count, no path.
+            horizon, ensembling, post-processing, inference batch, threads, device, library versions. No process count, no path.
         fingerprints: of ``checkpoint``, ``simulator`` and ``renderer``, and what else the environment names.
         notes: differences between training and evaluation that do not prevent acting.
         times: one per episode, sorted by seed.
@@ -168,7 +177,7 @@ class EvaluationResult:
     @property
     def errors(self) -> list[EpisodeRecord]:
         """Episodes that ended by an exception or a dead process. They count as failures."""
-        return [record for record in self.records if (record.failure or "").startswith("error")]
+        return [record for record in self.records if record.broke_off]
 
     def summary(self) -> dict[str, Any]:
         """Plain containers, the same for every repetition."""
@@ -188,6 +197,7 @@ class EvaluationResult:
             "successes_true_at_reset": sum(record.success_at_reset for record in self.records),
             "share_out_of_bounds": sum(record.steps_out_of_bounds for record in self.records) / steps if steps else 0.0,
             "errors": len(self.errors),
+            **outcomes.summarize(self.records),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,21 +227,25 @@ class EvaluationResult:
         records = [EpisodeRecord(**row) for row in values["episodes"]]
         return cls(records, values["settings"], values["fingerprints"], values["notes"])
 
+    def inference_ms(self) -> dict[str, float | int | None]:
+        """Milliseconds per query: mean, p50, p95, max and count; a query serves a whole batch."""
+        milliseconds = sorted(value for row in self.times for value in row.inference_ms)
+        return {
+            "mean": _plain(_mean(milliseconds)),
+            "p50": _quantile(milliseconds, 0.5),
+            "p95": _quantile(milliseconds, 0.95),
+            "max": milliseconds[-1] if milliseconds else None,
+            "count": len(milliseconds),
+        }
+
     def times_to_json(self) -> str:
         """Times and everything else that differs between repetitions."""
-        milliseconds = sorted(value for row in self.times for value in row.inference_ms)
         steps = sum(record.steps for record in self.records)
         values = {
             "seconds": self.seconds,
             "steps_per_second": steps / self.seconds if self.seconds else 0.0,
             "processes": self.processes,
-            "inference_ms": {
-                "mean": _plain(_mean(milliseconds)),
-                "p50": _quantile(milliseconds, 0.5),
-                "p95": _quantile(milliseconds, 0.95),
-                "max": milliseconds[-1] if milliseconds else None,
-                "count": len(milliseconds),
-            },
+            "inference_ms": self.inference_ms(),
             "episodes": [
                 {"seed": row.seed, "task": row.task, "seconds": row.seconds, "inference_ms": _plain(_mean(row.inference_ms))}
                 for row in self.times
@@ -256,11 +270,13 @@ class EvaluationResult:
 
         table = Table(title=title or None, title_justify="left", box=box.SIMPLE)
         table.add_column("task", no_wrap=True)
-        for name in ("success", "rate", "95 % interval", "steps"):
+        more = list(outcomes.columns(self.records))
+        for name in ("success", "rate", "95 % interval", "steps", *more):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("failures", overflow="fold")
         tasks = self.by_task()
         for name, result in [*tasks.items(), ("all", self)]:
+            further = outcomes.columns(result.records)
             if name == "all" and len(tasks) > 1:
                 table.add_section()
             low, high = result.interval()
@@ -270,7 +286,34 @@ class EvaluationResult:
                 f"{100 * result.success_rate:.1f} %",
                 f"{100 * low:.1f} to {100 * high:.1f} %",
                 f"{_mean([record.steps for record in result.records]):.1f}",
+                *(further.get(heading, "") for heading in more),
                 ", ".join(f"{failure} {count}" for failure, count in result.failures().items()),
+            )
+        return table
+
+    def outcome_table(self) -> Table:
+        """How often each outcome came, what is known of it, and seeds to look at, for the terminal."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE)
+        table.add_column("outcome", no_wrap=True)
+        for name in ("episodes", "share", "steps"):
+            table.add_column(name, justify="right", no_wrap=True)
+        open_ends = outcomes.failure_details(self.records)
+        if open_ends:
+            table.add_column("of these", overflow="fold")
+        table.add_column("seeds", overflow="fold")
+        for outcome in [*(["success"] if self.successes else []), *self.failures()]:
+            rows = [record for record in self.records if record.outcome == outcome]
+            of_these = ", ".join(f"{name} {count}" for name, count in open_ends.get(outcome, {}).items())
+            table.add_row(
+                outcome,
+                str(len(rows)),
+                f"{100 * len(rows) / self.episodes:.1f} %",
+                f"{_mean([row.steps for row in rows]):.1f}",
+                *([of_these] if open_ends else []),
+                ", ".join(str(row.seed) for row in rows[:3]) + (" …" if len(rows) > 3 else ""),
             )
         return table
 

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from lightning_robot.console import progress as show_progress
 from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling
+from lightning_robot.evaluation.plausibility import check_predictions
 from lightning_robot.evaluation.result import EpisodeRecord, EpisodeTimes, EvaluationResult
 from lightning_robot.evaluation.stepping import (
     Description,
@@ -29,6 +30,7 @@ from lightning_robot.evaluation.stepping import (
     open_pool,
 )
 from lightning_robot.features import check_compatible
+from lightning_robot.transforms.postprocess import build_postprocess
 
 if TYPE_CHECKING:
     from lightning_robot.policies.base import Policy
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 GENERATION_SEEDS = 0
 SELECTION_SEEDS = 1_000_000
 REPORTING_SEEDS = 2_000_000
+
+PLAUSIBLE_AFTER = 4  # episodes after which predictions are first compared with demonstrations
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ class _Running:
             start_state=self.start_state,
             queries=len(self.inference_ms),
             steps_out_of_bounds=self.steps_out_of_bounds,
+            details=last.details,
         )
         times = EpisodeTimes(episode.seed, episode.task, time.perf_counter() - self.started, tuple(self.inference_ms))
         return record, times
@@ -165,7 +170,8 @@ def rollout(
     processes: int = 0,
     max_steps: int | None = None,
     execution_horizon: int | None = None,
-    ensembling: Ensembling | None = None,
+    ensembling: Ensembling | Literal[False] | None = None,
+    postprocess: Sequence[dict[str, Any]] | None = None,
     progress: bool = True,
     rank: int = 0,
     world_size: int = 1,
@@ -173,7 +179,7 @@ def rollout(
     """Plays every episode once.
 
     The table of the result depends on the checkpoint, the episodes and `inference_batch`, `threads`, `max_steps`,
-    `execution_horizon` and `ensembling`; never on `num_envs`, `processes` or `world_size`.
+    `execution_horizon`, `ensembling` and `postprocess`; never on `num_envs`, `processes` or `world_size`.
 
     Args:
         policy: acts; the weights it has now are judged, in evaluation mode.
@@ -185,7 +191,8 @@ def rollout(
         processes: worker processes that step the environments; 0 steps them here.
         max_steps: step limit; the environment's own when None (the smaller one when both are there).
         execution_horizon: actions executed of each chunk; the policy's own when None.
-        ensembling: temporal ensembling instead of a chunk queue.
+        ensembling: temporal ensembling instead of a chunk queue; None does as the policy says, False never.
+        postprocess: steps applied to every action; the policy's own when None.
         progress: shows how far it is.
         rank: which share of the episodes to play.
         world_size: number of shares; share r is ``episodes[r::world_size]``. `EvaluationResult.merge` joins them.
@@ -197,6 +204,7 @@ def rollout(
         IncompatibleFeatures: the environment does not offer what the policy was trained on.
         EnvironmentFault: no environment can be made, it lacks a step limit or does not report success, or every episode ended
             by an error.
+        NormalizedActions: the policy's actions were left in the network's units.
     """
     share = list(episodes)[rank::world_size]
     if not share:
@@ -210,6 +218,7 @@ def rollout(
         min(num_envs, len(share)),
         execution_horizon=execution_horizon,
         ensembling=ensembling,
+        postprocess=postprocess,
         inference_batch=inference_batch,
     )
     pool = open_pool(make_env, controller.num_envs, policy.features, processes)
@@ -221,7 +230,11 @@ def rollout(
             played: Iterator = play(pool, controller, share, description, limit)
             if progress and rank == 0:
                 played = show_progress(played, total=len(share), description="evaluating", unit="episodes")
-            rows = list(played)
+            rows = []
+            for row in played:
+                rows.append(row)
+                if len(rows) in (PLAUSIBLE_AFTER, len(share)):
+                    doubt = check_predictions(policy, controller.predicted)
             fingerprint = fingerprint_policy(policy)
     finally:
         pool.close()
@@ -233,13 +246,14 @@ def rollout(
             "threads": threads,
             "max_steps": limit,
             "execution_horizon": controller.execution_horizon,
-            "ensembling": None if ensembling is None else [ensembling.coefficient, ensembling.direction],
+            "ensembling": controller.ensembling and [controller.ensembling.coefficient, controller.ensembling.direction],
+            "postprocess": controller.postprocess,
             "policy": type(policy).__name__,
             "device": _device_name(policy),
             "versions": {name: _version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")},
         },
         fingerprints={"checkpoint": fingerprint, **description.fingerprint},
-        notes=notes,
+        notes=notes + ([doubt] if doubt else []),
         times=[times for _, times in rows],
         seconds=time.perf_counter() - started,
         processes=pool.processes,
@@ -256,6 +270,7 @@ def play(
     description: Description,
     max_steps: int,
     on_transition: Callable[[int, Transition], None] | None = None,
+    observe_all: bool = False,
 ) -> Iterator[tuple[EpisodeRecord, EpisodeTimes]]:
     """Plays episodes and yields each one's record when it is over, in the order they end.
 
@@ -269,6 +284,7 @@ def play(
         description: of the environment, for its action bounds.
         max_steps: step limit.
         on_transition: called with (environment, transition) after every reset and step.
+        observe_all: whether observations are computed that no query reads.
     """
     left = deque(episodes)
     # A prediction errs a little beyond the bounds, most of all in a dimension that was constant in training; a mistaken unit or
@@ -298,7 +314,7 @@ def play(
                 continue
             beyond = np.maximum(description.low - action, action - description.high)
             running[index].steps_out_of_bounds += int((beyond > tolerance).any())
-            pool.send(index, "step", action, controller.will_read(index))
+            pool.send(index, "step", action, observe_all or controller.will_read(index))
 
     for index in range(controller.num_envs):
         begin(index)
@@ -359,8 +375,9 @@ def inspect_environment(policy: Policy, make_env: MakeEnvironment, tasks: Sequen
         What the environment says of itself, and differences that do not prevent acting.
 
     Raises:
-        IncompatibleFeatures, EnvironmentFault: as `rollout` would; or the environment refuses a task.
+        IncompatibleFeatures, EnvironmentFault, PostprocessError: as `rollout` would; or the environment refuses a task.
     """
+    build_postprocess(getattr(policy, "postprocess", None) or (), policy.features)
     pool = open_pool(make_env, 1, policy.features, 0)
     try:
         description = pool.describe()

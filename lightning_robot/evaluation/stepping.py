@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_robot.evaluation.outcomes import plain_details
 from lightning_robot.features import Features
 
 MakeEnvironment = Callable[..., Any]
@@ -59,6 +60,7 @@ class Transition:
     success: bool | None = None  # None: the environment did not say
     failure: str | None = None
     error: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)  # what the environment says at an episode's end
 
 
 class Host:
@@ -126,6 +128,7 @@ class Host:
             bool(truncated),
             _success(info),
             info.get("failure"),
+            details=plain_details(info.get("details")),
         )
 
     def _skip(self, env: Any, skip: bool) -> None:

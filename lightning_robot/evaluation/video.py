@@ -15,7 +15,7 @@ from lightning_robot.console import say
 from lightning_robot.evaluation.controller import Controller, Ensembling
 from lightning_robot.evaluation.result import EpisodeRecord, EvaluationResult
 from lightning_robot.evaluation.rollout import Episode, acting, play
-from lightning_robot.evaluation.stepping import LocalPool, MakeEnvironment, Transition
+from lightning_robot.evaluation.stepping import EnvironmentFault, LocalPool, MakeEnvironment, Transition
 
 if TYPE_CHECKING:
     from lightning_robot.policies.base import Policy
@@ -76,6 +76,37 @@ def _codec() -> str:
     return available[0]
 
 
+def picture(env: Any, observation: dict[str, Any]) -> np.ndarray:
+    """What an environment shows now: its rendering, else its cameras' pictures side by side; (H, W, 3) uint8.
+
+    Raises:
+        RuntimeError: there is neither.
+    """
+    failure = "render() returned nothing"
+    try:
+        if (frame := env.render()) is not None:
+            return np.asarray(frame)
+    except Exception as error:  # what an environment without a renderer raises is its own affair
+        failure = f"{type(error).__name__}: {error}"
+    images = [np.asarray(observation[key]) for key in sorted(observation) if key.startswith("observation.images.")]
+    if not images:
+        raise RuntimeError(f"{failure}, and the observation holds no picture")
+    height = max(image.shape[-2] for image in images)
+    padded = [np.pad(image, ((0, 0), (0, height - image.shape[-2]), (0, 0))) for image in images]
+    return np.concatenate(padded, axis=-1).transpose(1, 2, 0)
+
+
+def _renders(pool: LocalPool, seed: int, task: str | None) -> bool:
+    """Whether an environment can show itself without its observations."""
+    pool.send(0, "reset", seed, task)
+    pool.receive()
+    env = pool.hosts[0].env
+    try:
+        return env is not None and env.render() is not None
+    except Exception:  # as in `picture`
+        return False
+
+
 def choose_episodes(result: EvaluationResult, count: int) -> list[EpisodeRecord]:
     """The episodes most worth seeing: failures before successes, and the tasks in turn."""
     turns: Counter = Counter()
@@ -95,8 +126,8 @@ def record_videos(
 ) -> list[Path]:
     """Plays some episodes of a result again and films them; failures first.
 
-    An episode is fixed by its seed, so the outcome must repeat; a line says so where it does not. Where rendering is impossible
-    a line says why, and nothing fails.
+    An episode is fixed by its seed, so the outcome must repeat; a line says so where it does not. An environment that renders
+    nothing shows its cameras' pictures; where there are none either a line says why, and nothing fails.
 
     Args:
         policy: the policy that the result is of, with the same weights.
@@ -109,18 +140,27 @@ def record_videos(
         The files written.
     """
     settings = result.settings
-    ensembling = None if settings["ensembling"] is None else Ensembling(*settings["ensembling"])
+    ensembling = settings["ensembling"] and Ensembling(*settings["ensembling"])
     controller = Controller(
         policy,
         1,
         execution_horizon=settings["execution_horizon"],
-        ensembling=ensembling,
+        ensembling=ensembling or False,
+        postprocess=settings["postprocess"],
         inference_batch=settings["inference_batch"],
     )
     written: list[Path] = []
+    renders = True
     pool = LocalPool(lambda: make_env(render_mode="rgb_array"), 1, policy.features)
     try:
-        description = pool.describe()
+        try:
+            description = pool.describe()
+        except EnvironmentFault:  # an environment that knows no render_mode can still have cameras
+            pool = LocalPool(make_env, 1, policy.features)
+            description = pool.describe()
+        if count > 0 and result.records:
+            first = result.records[0]
+            renders = _renders(pool, first.seed, first.task)
         for number, record in enumerate(choose_episodes(result, count)):
             parts = (f"{number:02d}", record.task, f"seed{record.seed}", record.outcome)
             name = "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts if part)
@@ -128,17 +168,14 @@ def record_videos(
 
             def film(index: int, transition: Transition, writer: VideoWriter = writer) -> None:
                 env = pool.hosts[index].env
-                if env is None:  # closed after an exception
-                    return
-                frame = env.render()
-                if frame is None:
-                    raise RuntimeError("render() returned nothing")
-                writer.add(np.asarray(frame))
+                if env is not None:  # None: closed after an exception
+                    writer.add(picture(env, transition.observation))
 
             try:
                 with acting(policy, settings["threads"]):
                     episode = Episode(record.seed, record.task)
-                    ((again, _),) = play(pool, controller, [episode], description, settings["max_steps"], film)
+                    limit = settings["max_steps"]
+                    ((again, _),) = play(pool, controller, [episode], description, limit, film, observe_all=not renders)
                 if writer.close():
                     written.append(writer.path)
             except BaseException:

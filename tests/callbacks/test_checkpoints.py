@@ -97,6 +97,19 @@ def test_the_k_best_have_readable_names_and_the_rest_goes(tmp_path):
     assert _files(folder) == names
 
 
+def test_checkpoints_for_a_sweep_are_kept_for_good(tmp_path):
+    folder = _fit(
+        tmp_path, Checkpoints(monitor="val/score", keep_every_n_epochs=2), _Scores([None] * 5, [1.0] * 5), max_epochs=5
+    )
+    assert _files(folder) == ["best.ckpt", "checkpoint.json", "epoch0001.ckpt", "epoch0003.ckpt", "last.ckpt"]
+    kept = read_checkpoint(folder / "epoch0003.ckpt")
+    assert kept["global_step"] == 24
+    assert "optimizer_states" not in kept
+    assert "ema_state_dict" in kept
+    with pytest.raises(ValueError, match="keep_every_n_epochs"):
+        Checkpoints(keep_every_n_epochs=-1)
+
+
 def test_best_leaves_out_the_optimizer_and_says_its_class(tmp_path):
     folder = _fit(tmp_path, Checkpoints())
     best, last = read_checkpoint(folder / "best.ckpt"), read_checkpoint(folder / "last.ckpt")

@@ -152,6 +152,7 @@ def test_settings_are_in_the_checkpoint(tmp_path):
         "env_kwargs": {"max_steps": 7},
         "tasks": ["far"],
         "execution_horizon": 2,
+        "ensembling": None,
         "max_steps": None,
         "inference_batch": 8,
     }

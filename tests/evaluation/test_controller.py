@@ -142,6 +142,98 @@ def test_ensembling_averages_every_prediction_of_a_step():
     assert len(policy.asked) == 9
 
 
+class Table:
+    """Predicts given chunks one after the other, one action element."""
+
+    observation_steps, action_offset = 1, 0
+
+    def __init__(self, chunks, **more):
+        self.chunks = torch.tensor(chunks, dtype=torch.float32)
+        self.action_horizon = self.execution_horizon = self.chunks.shape[1]
+        self.features = Features({"observation.state": Feature((1,))}, Feature((1,), names=("jaw",), kinds=("gripper",)))
+        self.window = Window(1, self.action_horizon, 0, ("observation.state",), 0, 0)
+        self.queries = 0
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def predict_action_chunk(self, observation, *, noise_seeds=None, num_samples=1, guidance=None):
+        self.queries += 1
+        return self.chunks[self.queries - 1].view(1, 1, -1, 1)
+
+
+def play(controller, steps, begin=0):
+    controller.reset([0], [begin])
+    return [float(controller.act([observation(step)], [step])[0][0]) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("direction", "expected"), [("oldest", 2.323339), ("newest", 2.343339)])
+def test_ensembling_as_the_original_does(direction, expected):
+    policy = Table([[0, 0, 1], [0, 2, 0], [4, 0, 0]])
+    assert play(Controller(policy, 1, ensembling=Ensembling(0.01, direction), inference_batch=1), 3)[2] == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "expected"),
+    [
+        (0.01, [0.0, 5.4775, 10.94, 16.387505, 26.387503, 36.387501]),
+        (-0.5, [0.0, 6.602134, 13.881411, 21.761189, 31.761189, 41.761185]),
+    ],
+)
+def test_ensembling_as_lerobot_does(coefficient, expected):
+    chunks = [[10 * number + step for step in range(4)] for number in range(6)]
+    policy = Table(chunks, ensembling={"coefficient": coefficient, "direction": "oldest"})
+    assert play(Controller(policy, 1, inference_batch=1), 6) == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_policy_says_whether_it_is_ensembled():
+    own = {"coefficient": 0.2, "direction": "newest"}
+    policy = Table([[1, 2, 3]] * 9, ensembling=own)
+    assert Controller(policy, 1).ensembling == Ensembling(0.2, "newest")
+    assert Controller(policy, 1).execution_horizon == 1
+    assert Controller(policy, 1, ensembling=False).execution_horizon == 3
+    assert Controller(policy, 1, execution_horizon=2).ensembling is None
+    assert Controller(policy, 1, ensembling=Ensembling()).ensembling == Ensembling(0.01, "oldest")
+    assert Controller(Table([[1]]), 1).ensembling is None
+
+
+def test_postprocessing_is_the_policys_and_begins_anew_in_every_episode():
+    smooth = [{"class_path": "Smooth", "init_args": {"weight": 0.5, "elements": ["jaw"]}}]
+    policy = Table([[8, 0, 0, 0], [4, 0, 0, 0], [2, 0, 0, 0]], postprocess=smooth)
+    controller = Controller(policy, 1, inference_batch=1)
+    assert controller.postprocess == smooth
+    assert play(controller, 3) == [8, 4, 2]
+    assert play(controller, 2, begin=1) == [4, 2]  # nothing of the episode before
+    np.testing.assert_array_equal(controller.chunks[0][:, 0], [4, 0, 0, 0])  # the chunk is the policy's
+    assert play(Controller(policy, 1, postprocess=[], inference_batch=1), 2) == [2, 0]
+    with pytest.raises(ValueError, match="no element 'elbow'"):
+        Controller(policy, 1, postprocess=[{"class_path": "Offset", "init_args": {"values": {"elbow": 1}}}])
+
+
+def test_environments_are_smoothed_apart():
+    class Two(Table):
+        def predict_action_chunk(self, observation, *, noise_seeds=None, num_samples=1, guidance=None):
+            return observation["observation.state"][:, -1].view(-1, 1, 1, 1)
+
+    policy = Two([[0]], postprocess=[{"class_path": "Smooth", "init_args": {"weight": 0.5, "elements": ["jaw"]}}])
+    controller = Controller(policy, 2)
+    controller.reset([0, 1], [0, 1])
+    controller.act([observation(0), observation(100)], [0, 0])
+    assert [action[0] for action in controller.act([observation(8), observation(100)], [1, 1])] == [4, 100]
+    controller.reset([0], [2])
+    assert [action[0] for action in controller.act([observation(8), observation(0)], [0, 2])] == [8, 50]
+
+
+def test_ensembling_comes_before_postprocessing():
+    policy = Table([[0, 0, 1], [0, 2, 0], [4, 0, 0]], ensembling={"coefficient": 0.01, "direction": "oldest"})
+    steps = [{"class_path": "GripperThreshold", "init_args": {"threshold": 2.33, "below": 0, "above": 9}}]
+    assert play(Controller(policy, 1, postprocess=steps, inference_batch=1), 3)[2] == 0  # of 2.3233, not of 4
+    policy.queries = 0
+    newest = Ensembling(0.01, "newest")
+    assert play(Controller(policy, 1, ensembling=newest, postprocess=steps, inference_batch=1), 3)[2] == 9
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="predicts 6 actions"):
         Controller(Counting(), 1, execution_horizon=7)

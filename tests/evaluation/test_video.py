@@ -9,6 +9,7 @@ import pytest
 
 from lightning_robot.evaluation.rollout import plan_episodes, rollout
 from lightning_robot.evaluation.video import VideoWriter, choose_episodes, record_videos
+from lightning_robot.features import Feature
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_reach import Reach, TinyPolicy
@@ -55,8 +56,46 @@ def test_impossible_rendering_is_said_and_costs_nothing(policy, tmp_path, capsys
     make_env = partial(Reach, renders=False)
     result = rollout(policy, make_env, PLAN[:2], progress=False)
     assert record_videos(policy, make_env, result, tmp_path / "videos") == []
-    assert "No video beyond 0 of 2: RuntimeError: no display" in capsys.readouterr().out
+    said = "No video beyond 0 of 2: RuntimeError: RuntimeError: no display, and the observation holds no picture"
+    assert said in capsys.readouterr().out
     assert not (tmp_path / "videos").exists()
+
+
+class Cameras(Reach):
+    """Shows nothing but two cameras' pictures, of different sizes, and knows no render mode."""
+
+    def __init__(self, **arguments):
+        super().__init__(renders=False, **arguments)
+        self.features.observations["observation.images.a"] = Feature((3, 32, 40), dtype="uint8")
+
+    def observe(self):
+        observation = super().observe()
+        if not getattr(self, "skip_observation", False):
+            for number, (camera, size) in enumerate((("wrist", 16), ("above", 32))):
+                picture = np.full((3, size, 40), 20 * number + 10 * self.count, dtype=np.uint8)
+                observation[f"observation.images.{camera}"] = picture
+        return observation
+
+
+def without_render_mode(**arguments):
+    if "render_mode" in arguments:
+        raise TypeError("no argument render_mode")
+    return Cameras(**arguments)
+
+
+@pytest.mark.parametrize("make_env", [Cameras, without_render_mode])
+def test_cameras_stand_in_for_a_renderer(policy, tmp_path, make_env, capsys):
+    make_env = partial(make_env, radius=0.0)  # nothing succeeds
+    result = rollout(policy, make_env, PLAN[:2], progress=False)
+    (video,) = record_videos(policy, make_env, result, tmp_path, 1)
+    frames = frames_of(video)
+    record = choose_episodes(result, 1)[0]
+    assert len(frames) == record.steps + 1
+    assert frames[0].shape == (32, 80, 3)
+    above, wrist = frames[5][:, :38].mean(), frames[5][:14, 42:].mean()
+    assert (above, wrist) == (pytest.approx(70, abs=6), pytest.approx(50, abs=6))  # the newest picture, unread or not
+    assert frames[5][20:, 42:].max() < 12  # the smaller picture is filled up
+    assert "did not repeat" not in capsys.readouterr().out
 
 
 def test_episode_that_does_not_repeat_is_said(policy, tmp_path, capsys):
