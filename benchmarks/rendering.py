@@ -2,9 +2,9 @@
 
 python benchmarks/rendering.py [--sizes 64 96 128 224] [--opengl] [--expert 200]
 
-Aims on one core: two cameras' RGB at 96 px in 6 ms, their depth by ray casting in 3 ms. Poses are those of the expert's episodes:
-every tenth step; of each the shortest of several times, and of these the mean and the longest. OpenGL in software is measured
-with MuJoCo's default quality and with this project's (no shadows, reflections, multisampling, coarse tessellation).
+Aims on one core: two cameras' RGB at 96 px in 6 ms, their depth by ray casting in 3 ms. Poses are those of an episode of the
+expert, every tenth step; of each the shortest of several times, and of these the mean and the longest. OpenGL in software is
+measured with MuJoCo's default quality and with this project's (no shadows, reflections, multisampling, coarse tessellation).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def along_an_episode(env: SO101PickPlace, draw: Callable[[], Any]) -> tuple[floa
     """Mean and longest of the shortest times of `draw` at every tenth step of the expert's episode."""
     env.reset(seed=0)
     env.skip_observation = True
-    expert, times, done = env.expert(), [], False
+    expert, done = env.expert(), False
+    times: list[float] = []
     while not done:
         if len(times) * 10 <= env._progress.steps:
             env._update_poses()

@@ -37,7 +37,7 @@ class RayCamera:
         height, width: pixels.
         near, far: metres, kept in `camera`; a ray that meets nothing has depth `far`.
         lamp: (3,) direction in the world towards a lamp, for `shaded`. Without it the lamp goes along with the camera, and
-            surfaces are estimated from the depth.
+            normals of surfaces are estimated from the depth.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class RayCamera:
         far: float = 10.0,
         lamp: tuple[float, float, float] | None = None,
     ) -> None:
-        self._lamp = None if lamp is None else np.array(lamp) / np.linalg.norm(lamp)
+        self._lamp = np.zeros(3) if lamp is None else np.array(lamp) / np.linalg.norm(lamp)
+        self._lamp_is_carried = lamp is None
         self._colors_of = model
         self._model = copy.copy(model)
         self._model.geom_aabb[:, 3:] = 1e6  # every ray starts inside: nothing is culled
@@ -159,7 +160,8 @@ class RayCamera:
             seen: what `cast` gave for it, if it is known already.
         """
         depth, geom = self.cast(data) if seen is None else seen
-        picture = self.colors(geom) * (self._lit_from_depth(depth) if self._lamp is None else self._lit(data, depth, geom))
+        light = self._lit_from_depth(depth) if self._lamp_is_carried else self._lit(data, depth, geom)
+        picture = self.colors(geom) * light
         picture[geom < 0] = 235
         return picture.astype(np.uint8)
 
@@ -178,31 +180,32 @@ class RayCamera:
         """(H, W, 1) light on the exact sides of boxes, cylinders and planes; any other shape counts as a sphere."""
         rotation, eye = data.cam_xmat[self._id].reshape(3, 3), data.cam_xpos[self._id]
         flat = geom.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        points = (self._rays.reshape(-1, 3)[order] * depth.reshape(-1)[order, None]) @ rotation.T + eye
-        facing = np.zeros(len(order))
-        numbers, starts = np.unique(flat[order], return_index=True)
-        for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(order)]):
-            if number < 0:
-                continue
-            axes, kind = data.geom_xmat[number].reshape(3, 3), self._model.geom_type[number]
-            lamp = self._lamp @ axes  # in the geom's own frame
-            if kind == mujoco.mjtGeom.mjGEOM_PLANE:
-                facing[start:end] = lamp[2]
-                continue
+        level = data.geom_xmat.reshape(-1, 3, 3)[:, :, 2] @ self._lamp * self._endless  # a plane is lit alike everywhere
+        facing = np.append(level, 0.0)[flat]  # the last for -1, nothing
+        pixels = np.flatnonzero(~np.append(self._endless, True)[flat])
+        pixels = pixels[np.argsort(flat[pixels], kind="stable")]  # geom after geom
+        points = (self._rays.reshape(-1, 3)[pixels] * depth.reshape(-1)[pixels, None]) @ rotation.T + eye
+        ends = np.append(np.flatnonzero(np.diff(flat[pixels])) + 1, len(pixels)).tolist()
+        start = 0
+        for end in ends if len(pixels) else ():
+            part, number = pixels[start:end], int(flat[pixels[start]])
+            axes = data.geom_xmat[number].reshape(3, 3)
             place = (points[start:end] - data.geom_xpos[number]) @ axes
-            size = self._model.geom_size[number]
-            if kind == mujoco.mjtGeom.mjGEOM_BOX:
-                side = np.abs(place / size).argmax(axis=1)
-                facing[start:end] = np.copysign(lamp[side], place[np.arange(end - start), side] * lamp[side])
-                continue
-            cap = np.zeros(end - start, dtype=bool)
-            if kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
-                cap = np.abs(place[:, 2]) > size[1] * (1 - 1e-3)
-                facing[start:end] = np.copysign(lamp[2], place[:, 2] * lamp[2])
-                place[:, 2] = 0.0
-            round_ = place @ lamp / (np.linalg.norm(place, axis=1) + 1e-12)
-            facing[start:end] = np.where(cap, facing[start:end], round_)
-        light = np.empty_like(facing)
-        light[order] = 0.6 + 0.4 * np.maximum(facing, 0.0)
+            kind, size = self._model.geom_type[number], self._model.geom_size[number]
+            facing[part] = _facing(place, self._lamp @ axes, kind, size)
+            start = end
+        light: NDArray[np.float64] = 0.6 + 0.4 * np.maximum(facing, 0.0)
         return light.reshape(*depth.shape, 1)
+
+
+def _facing(place: NDArray[np.float64], lamp: NDArray[np.float64], kind: int, size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cosine between lamp and normal at points (N, 3) of a geom's surface; points and lamp (3,) in its own frame."""
+    if kind == mujoco.mjtGeom.mjGEOM_BOX:
+        side = np.abs(place / size).argmax(axis=1)
+        return lamp[side] * np.sign(place[np.arange(len(place)), side])
+    around = place * (1.0, 1.0, 0.0) if kind == mujoco.mjtGeom.mjGEOM_CYLINDER else place
+    cosine: NDArray[np.float64] = around @ lamp / (np.linalg.norm(around, axis=1) + 1e-12)
+    if kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
+        ends = np.abs(place[:, 2]) > size[1] * (1 - 1e-3)
+        cosine[ends] = lamp[2] * np.sign(place[ends, 2])
+    return cosine
