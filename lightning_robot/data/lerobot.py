@@ -167,7 +167,7 @@ class LeRobotDataModule(EpisodeDataModule):
         reason = "the dataset does not note them for every training episode"
         if noted is not None:
             merged = merged_statistics(noted)
-            if merged.size == 3 and _is_sound(merged):
+            if merged.size == 3 and all(_is_sound(episode) for episode in noted):
                 return merged
             mean, std = np.round(merged.mean, 4).tolist(), np.round(merged.std, 4).tolist()
             reason = f"those noted are wrong (mean {mean}, deviation {std})"
@@ -192,7 +192,7 @@ def merged_statistics(episodes: list[dict[str, np.ndarray]]) -> Statistics:
     return Statistics(low, high, middle, np.sqrt(variance), low, high, int(total))
 
 
-def _is_sound(statistics: Statistics) -> bool:
+def _is_sound(episode: dict[str, np.ndarray]) -> bool:
     """Deviations of pictures in 0 to 1 below 0.01, or means outside, come from broken writers."""
-    mean, std = statistics.mean, statistics.std
+    mean, std = episode["mean"], episode["std"]
     return bool(np.isfinite(mean).all() and np.isfinite(std).all() and ((mean >= 0) & (mean <= 1) & (std >= 0.01)).all())

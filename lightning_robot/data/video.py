@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -234,8 +235,8 @@ class VideoFrames:
                 )
             if self._metres is not None:
                 frames = self._metres[frames]
-            chosen = np.flatnonzero(files[place] == file)
-            result[chosen] = frames[np.searchsorted(mine, place[chosen])]
+            for slot in np.flatnonzero(files[place] == file).tolist():
+                result[slot] = frames[np.searchsorted(mine, place[slot])]
         return result
 
     def _decoder(self, path: Path) -> Any:
@@ -248,6 +249,8 @@ class VideoFrames:
 class OpenDecoders:
     """The decoders of this process, at most `OPEN_FILES`.
 
+    Threads of one process share it; no two of them read one file at a time, since each takes another camera.
+
     A forked process begins with none: those of its parent are kept, unused and never closed, because closing joins threads that
     exist in the parent only.
     """
@@ -255,24 +258,24 @@ class OpenDecoders:
     def __init__(self) -> None:
         self._open: OrderedDict[Any, Any] = OrderedDict()
         self._inherited: list[Any] = []
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def get(self, name: Any, make: Callable[[], Any]) -> Any:
         """The open decoder of that name, else a new one."""
-        decoder = self._open.pop(name, None)
-        if decoder is None:
-            decoder = make()
-        self._open[name] = decoder
-        while len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)
+        with self._lock:
+            decoder = self._open.pop(name) if name in self._open else make()
+            self._open[name] = decoder
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
         return decoder
 
     def after_fork(self) -> None:
         """Forgets the parent's decoders."""
         self._inherited.append(self._open)
-        self._open = OrderedDict()
+        self._open, self._lock = OrderedDict(), Lock()
 
 
 decoders = OpenDecoders()

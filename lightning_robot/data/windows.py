@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
+
+from lightning_robot.data.workers import usable_cores
 
 
 def window_index(
@@ -97,7 +103,7 @@ class WindowDataset(Dataset):
 
     def __init__(
         self,
-        arrays: dict[str, np.ndarray],
+        arrays: dict[str, Any],
         spans: np.ndarray,
         episode_starts: np.ndarray,
         window: Any,
@@ -147,9 +153,11 @@ class WindowDataset(Dataset):
         begins = self.begins[chosen][:, None]
         low, high, episode, segment, text = (column[:, None] for column in self.spans[self.span[chosen]].T)
         rows = np.clip(begins + self.observation_steps, low, high - 1)
-        batch: dict[str, Any] = {key: self._gather(key, rows) for key in self.keys}
+        lazy = [key for key in self.keys if hasattr(self.arrays[key], "gather")]
+        frames = dict(zip(lazy, _in_threads([partial(self.arrays[key].gather, rows.ravel()) for key in lazy])))
+        batch: dict[str, Any] = {key: self._shaped(key, rows, frames.get(key)) for key in self.keys}
         steps = begins + self.action_steps
-        batch["action"] = self._gather("action", np.clip(steps, low, high - 1))
+        batch["action"] = self._shaped("action", np.clip(steps, low, high - 1))
         batch["action_is_pad"] = torch.from_numpy((steps < low) | (steps >= high))
         batch["episode_index"] = torch.from_numpy(episode[:, 0])
         batch["segment_index"] = torch.from_numpy(segment[:, 0])
@@ -166,10 +174,11 @@ class WindowDataset(Dataset):
             return np.unique(self.spans[:, 4]).tolist()
         return np.unique(np.concatenate([self.frame_texts[start:end] for start, end in self.spans[:, :2]])).tolist()
 
-    def _gather(self, key: str, rows: np.ndarray) -> torch.Tensor:
+    def _shaped(self, key: str, rows: np.ndarray, flat: np.ndarray | None = None) -> torch.Tensor:
         """(B, steps) rows to (B, steps, ...); images become (3, height, width), depth (1, height, width)."""
-        array = self.arrays[key]
-        flat = array.gather(rows.ravel()) if hasattr(array, "gather") else np.take(array, rows.ravel(), axis=0)
+        if flat is None:
+            array = self.arrays[key]
+            flat = array.gather(rows.ravel()) if hasattr(array, "gather") else np.take(array, rows.ravel(), axis=0)
         values = torch.from_numpy(flat).reshape(*rows.shape, *flat.shape[1:])
         if key.startswith("observation.images."):
             return values.movedim(-1, -3)  # a view: the memory is what GPUs call channels last
@@ -183,6 +192,28 @@ class WindowDataset(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.arrays = {k: np.load(a.path, mmap_mode="r") if isinstance(a, _Mapped) else a for k, a in self.arrays.items()}
+
+
+_threads: ThreadPoolExecutor | None = None
+
+
+def _forget_threads() -> None:
+    global _threads
+    _threads = None  # a forked process has none of its parent's
+
+
+os.register_at_fork(after_in_child=_forget_threads)
+
+
+def _in_threads(calls: list[Callable[[], np.ndarray]]) -> list[np.ndarray]:
+    """Results of the calls, at the same time where cores are left: video decoders let other threads run."""
+    global _threads
+    worker = get_worker_info()
+    if len(calls) < 2 or usable_cores() < 2 * (worker.num_workers if worker else 1):
+        return [call() for call in calls]
+    if _threads is None:
+        _threads = ThreadPoolExecutor(usable_cores(), "cameras")
+    return [future.result() for future in [_threads.submit(call) for call in calls]]
 
 
 class _Mapped:
