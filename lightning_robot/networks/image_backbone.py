@@ -24,6 +24,7 @@ def image_backbone(
     in_channels: int = 3,
     last_stage: int = 4,
     dilate_last: bool = False,
+    width: float = 1.0,
 ) -> Any:
     """A ResNet that returns its last feature map.
 
@@ -38,6 +39,8 @@ def image_backbone(
         in_channels: 3, or more: RGB and depth.
         last_stage: 1 to 4: the last group of blocks kept. The stride is 4, 8, 16, 32 after the first, second, third, fourth.
         dilate_last: the fourth stage keeps the third's stride and dilates its filters instead.
+        width: share of the published channels, for small backbones without ImageNet weights; below 1 for deep stems
+            (``resnet10t``) alone.
 
     Returns:
         A module, (B, `in_channels`, height, width) to (B, C, h, w), with the attributes ``channels`` (C), ``stride`` (between
@@ -59,6 +62,11 @@ def image_backbone(
         raise ValueError(f"Unknown norm {norm!r} of the image backbone; use {', '.join(norms)}.")
     if name.partition(".")[0] not in timm.list_models("*resnet*"):
         raise ValueError(f"timm has no ResNet {name!r}; there are resnet18, resnet34, resnet50, resnet10t and others.")
+    options: dict[str, Any] = {}
+    if width != 1:
+        if pretrained or not name.endswith("t"):
+            raise ValueError(f"width={width} is for ResNets whose names end in t, e.g. resnet10t, without ImageNet weights.")
+        options = {"stem_width": int(32 * width), "channels": tuple(int(count * width) for count in (64, 128, 256, 512))}
     backbone: Any = timm.create_model(
         name.partition(".")[0],
         num_classes=0,
@@ -66,6 +74,7 @@ def image_backbone(
         norm_layer=norms[norm],
         output_stride=16 if dilate_last else 32,
         zero_init_last=False,  # with frozen norms these zeros would stay
+        **options,
     )
     if not hasattr(backbone, "layer4"):
         raise ValueError(f"{name!r} has no stages layer1 to layer4: it is no plain ResNet.")

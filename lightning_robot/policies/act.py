@@ -51,6 +51,7 @@ class ACT(ImitationPolicy):
         backbone: a ResNet of timm (`lightning_robot.networks.image_backbone`), shared by the cameras.
         backbone_norm: ``frozen_batch`` (published, with ImageNet weights), ``batch`` or ``group`` (from scratch).
         backbone_stages: 1 to 4, how many groups of blocks of the ResNet; fewer give more tokens.
+        backbone_width: share of the published channels, for small backbones (`image_backbone`).
         pretrained: begin with ImageNet weights where they can be had; a sentence says where not.
         dilate_backbone: dilation instead of stride in the last stage (LeRobot's ``replace_final_stride_with_dilation``).
         pre_norm: norms before the parts of a transformer layer instead of after them.
@@ -98,6 +99,7 @@ class ACT(ImitationPolicy):
         backbone: str = "resnet18",
         backbone_norm: Norm = "frozen_batch",
         backbone_stages: int = 4,
+        backbone_width: float = 1.0,
         pretrained: bool = True,
         dilate_backbone: bool = False,
         pre_norm: bool = False,
@@ -211,6 +213,7 @@ class ACT(ImitationPolicy):
                 in_channels=4 if self.depth_keys else 3,
                 last_stage=options["backbone_stages"],
                 dilate_last=options["dilate_backbone"],
+                width=options["backbone_width"],
             )
             cameras = CameraTokens(backbone, sizes, options["hidden_size"], tuple(options["depth_range"]))
         self.network = ACTNetwork(
