@@ -80,6 +80,10 @@ class SimulationEvaluation(Callback):
                 f"evaluation.seed {seed} with {episodes} episodes leaves the seeds {SELECTION_SEEDS} to {REPORTING_SEEDS - 1}, "
                 "which choose checkpoints: demonstrations and final results have seeds of their own."
             )
+        if ensembling and execution_horizon not in (None, 1):
+            raise ValueError(
+                f"evaluation.ensembling asks at every step; evaluation.execution_horizon {execution_horizon} does not go with it."
+            )
         self.env = env
         self.env_kwargs = dict(env_kwargs or {})
         self.tasks = list(tasks) if tasks else None

@@ -1,4 +1,4 @@
-"""`python -m lightning_robot evaluate CKPT`: success of a checkpoint in simulation, with interval, failures and videos."""
+"""`python -m lightning_robot evaluate`: success of a checkpoint, of many, or of two side by side, in simulation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_robot.commands.checkpoint_paths import checkpoints_of, read_metadata
+
 if TYPE_CHECKING:
     from lightning_robot.evaluation.result import EvaluationResult
+    from lightning_robot.evaluation.rollout import Episode
 
 EXAMPLES = """examples:
   python -m lightning_robot evaluate runs/latest
   python -m lightning_robot evaluate runs/latest/checkpoints/last.ckpt --weights raw --tasks open_drawer --episodes 200
   python -m lightning_robot evaluate best.ckpt --env lightning_robot/PlayTable-v0 --env-kwargs '{"scene": "B"}'
+  python -m lightning_robot evaluate runs/latest --all --selection-episodes 50 --episodes 100
+  python -m lightning_robot evaluate --compare runs/act runs/diffusion --episodes 200
+  python -m lightning_robot evaluate runs/latest --postprocess '[{"class_path": "Smooth", "init_args": {"weight": 0.5}}]'
 
 A checkpoint knows the environment that judged it in training; options override that. The same command gives the same table,
-whatever --num-envs and --processes are."""
+whatever --num-envs and --processes are. A run directory means its best checkpoint, else its last. A folder that holds several
+checkpoints, several paths, or --all with a run directory make a sweep: every checkpoint plays the same selection episodes,
+and the best of them is reported on fresh ones. --compare plays the same episodes with each, or reads the evaluation.json of an
+earlier evaluation, and says whether the difference is established."""
 
 
 class EvaluateError(Exception):
@@ -36,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("checkpoint", metavar="CKPT", help="checkpoint file, or a run directory (its best, else its last)")
+    result.add_argument("checkpoint", nargs="+", metavar="CKPT", help="checkpoint file, run directory, folder of checkpoints")
     result.add_argument("--env", metavar="ID", help="Gymnasium id (default: the one that judged the policy in training)")
     result.add_argument("--env-kwargs", type=_mapping, default={}, metavar="JSON", help="arguments of the environment")
     result.add_argument("--tasks", type=_names, metavar="A,B", help="task ids (default: as in training)")
@@ -45,10 +55,33 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--weights", choices=("ema", "raw"), help="averaged or raw weights (default: averaged if there are any)"
     )
-    result.add_argument("--execution-horizon", type=int, metavar="N", help="actions executed of each chunk")
     result.add_argument("--max-steps", type=int, metavar="N", help="step limit of an episode")
     result.add_argument("--videos", type=int, default=4, metavar="N", help="videos, failures first (default %(default)s)")
     result.add_argument("--output", metavar="DIR", help="where table and videos go (default: evaluations/ of the run)")
+    acting = result.add_argument_group("acting (default: as in training, else as the policy says)")
+    acting.add_argument("--execution-horizon", type=int, metavar="N", help="actions executed of each chunk")
+    acting.add_argument(
+        "--ensembling",
+        nargs="?",
+        const=True,
+        type=_ensembling,
+        metavar="K[:oldest|newest]",
+        help="temporal ensembling (a query at every step); without a value the policy's own, else 0.01:oldest",
+    )
+    acting.add_argument("--no-ensembling", dest="ensembling", action="store_false", default=None, help="a chunk queue instead")
+    acting.add_argument(
+        "--postprocess", type=_list, metavar="JSON", help="post-processing of actions instead of the policy's own; [] for none"
+    )
+    several = result.add_argument_group("several checkpoints")
+    several.add_argument("--all", action="store_true", help="sweep over all checkpoints of a run directory")
+    several.add_argument(
+        "--selection-episodes", type=int, default=50, metavar="N", help="episodes of each in a sweep (default %(default)s)"
+    )
+    several.add_argument(
+        "--selection-seed", type=int, default=1_500_000, metavar="N", help="seed of the first of them (default %(default)s)"
+    )
+    several.add_argument("--compare", action="store_true", help="compare the first with each other one, on the same episodes")
+    several.add_argument("--unpaired", action="store_true", help="compare evaluations of different episodes (Fisher's test)")
     speed = result.add_argument_group("speed (only --inference-batch and --threads touch the outcome, in the last digits)")
     speed.add_argument(
         "--num-envs", type=int, default=16, metavar="N", help="environments at the same time (default %(default)s)"
@@ -69,89 +102,193 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 after an error, which is printed.
     """
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     import gymnasium
 
     from lightning_robot.evaluation.stepping import EnvironmentFault
 
     try:
-        evaluate(arguments)
+        run(arguments)
     except (EvaluateError, EnvironmentFault, OSError, ImportError, ValueError, gymnasium.error.Error) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("evaluate: interrupted; nothing was written.", file=sys.stderr)
+        print("evaluate: interrupted; evaluations that were finished are written, this one is not.", file=sys.stderr)
         return 130
     return 0
 
 
-def evaluate(arguments: argparse.Namespace) -> EvaluationResult:
-    """Plays, prints the table and writes it; see `parser` for the arguments."""
+def run(arguments: argparse.Namespace) -> None:
+    """One checkpoint, a sweep over several, or a comparison; see `parser` for the arguments."""
     check_numbers(arguments)
     check_seeds(arguments.seed, arguments.episodes)
-    path = find_checkpoint(arguments.checkpoint)
+    if arguments.compare or arguments.unpaired:
+        from lightning_robot.commands.evaluate_comparison import compare_checkpoints
 
-    from lightning_robot.callbacks.checkpoints import read_checkpoint
+        compare_checkpoints(arguments)
+        return
+    paths = checkpoints_of(arguments.checkpoint, arguments.all)
+    if len(paths) > 1 or arguments.all:
+        from lightning_robot.commands.evaluate_sweep import sweep_checkpoints
+
+        sweep_checkpoints(arguments, paths)
+        return
+    evaluate(arguments, paths[0])
+
+
+@dataclass
+class Trial:
+    """A checkpoint that has met its environment.
+
+    Attributes:
+        path: of the checkpoint.
+        policy: with the weights that are judged.
+        settings: see `settle`.
+        tasks: to be played.
+        averaged: whether the weights are averaged ones.
+        step, epoch: of training, None where the checkpoint does not say.
+    """
+
+    path: Path
+    policy: Any
+    settings: dict[str, Any]
+    tasks: list[str]
+    averaged: bool
+    step: int | None
+    epoch: int | None
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace, path: Path, saved: dict[str, Any] | None = None) -> Trial:
+        """Loads the policy and asks its environment whether it can act there.
+
+        Args:
+            arguments: the command line's.
+            path: a checkpoint, or a folder with one of LeRobot.
+            saved: settings where neither command line nor checkpoint name an environment.
+        """
+        from lightning_robot.console import say
+        from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment
+        from lightning_robot.policies.base import load_policy
+
+        checkpoint = read_metadata(path)
+        settings = settle(arguments, checkpoint.get("evaluation") or saved or {}, path)
+        policy: Any = load_policy(path, weights=arguments.weights, device=choose_device(arguments.device))
+        if settings["ensembling"] is True:
+            settings["ensembling"] = getattr(policy, "ensembling", None) or True
+        make_env = environment_maker(settings["env"], settings["env_kwargs"])
+        description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
+        for note in notes:
+            say(note)
+        return cls(
+            path=path,
+            policy=policy,
+            settings=settings,
+            tasks=choose_tasks(policy, description, settings["tasks"]),
+            averaged="ema_state_dict" in checkpoint and arguments.weights != "raw",
+            step=checkpoint.get("global_step"),
+            epoch=checkpoint.get("epoch"),
+        )
+
+    def play(self, arguments: argparse.Namespace, plan: Sequence[Episode]) -> EvaluationResult:
+        from lightning_robot.evaluation.controller import Ensembling
+        from lightning_robot.evaluation.rollout import environment_maker, rollout
+
+        settings = self.settings
+        result = rollout(
+            self.policy,
+            environment_maker(settings["env"], settings["env_kwargs"]),
+            plan,
+            num_envs=arguments.num_envs,
+            inference_batch=settings["inference_batch"],
+            threads=arguments.threads,
+            processes=_cores() if arguments.processes is None else arguments.processes,
+            max_steps=settings["max_steps"],
+            execution_horizon=settings["execution_horizon"],
+            ensembling=Ensembling.from_setting(settings["ensembling"]),
+            postprocess=arguments.postprocess,
+        )
+        result.settings = {
+            "environment": settings["env"],
+            "environment_arguments": settings["env_kwargs"],
+            "weights": "ema" if self.averaged else "raw",
+            **result.settings,
+        }
+        return result
+
+    def film(self, result: EvaluationResult, folder: Path, count: int) -> None:
+        """Writes videos of some of the result's episodes."""
+        from lightning_robot.console import say
+        from lightning_robot.evaluation.rollout import environment_maker
+        from lightning_robot.evaluation.video import record_videos
+
+        make_env = environment_maker(self.settings["env"], self.settings["env_kwargs"])
+        for video in record_videos(self.policy, make_env, result, folder, count):
+            say(f"Video: {video}")
+
+
+def evaluate(arguments: argparse.Namespace, path: Path) -> EvaluationResult:
+    """Plays with one checkpoint, prints the table and writes it."""
     from lightning_robot.console import counted, say
-    from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment, plan_episodes, rollout
-    from lightning_robot.evaluation.video import record_videos
-    from lightning_robot.policies.base import load_policy
+    from lightning_robot.evaluation.rollout import plan_episodes
 
-    checkpoint = read_checkpoint(path)
-    averaged = "ema_state_dict" in checkpoint and arguments.weights != "raw"
-    settings = settle(arguments, checkpoint.get("evaluation") or {}, path)
-    policy = load_policy(path, weights=arguments.weights, device=choose_device(arguments.device))
-    make_env = environment_maker(settings["env"], settings["env_kwargs"])
-    description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
-    for note in notes:
-        say(note)
-    tasks = choose_tasks(policy, description, settings["tasks"])
-    plan = plan_episodes(arguments.episodes, arguments.seed, tasks)
+    trial = Trial.open(arguments, path)
+    plan = plan_episodes(arguments.episodes, arguments.seed, trial.tasks)
     folder = Path(arguments.output) if arguments.output else default_output(path, arguments)
     folder.mkdir(parents=True, exist_ok=True)  # before the work: its result must not be lost for want of a place
     say(
-        f"Evaluating {path} ({'averaged' if averaged else 'raw'} weights, epoch {checkpoint.get('epoch', '?')}) in "
-        f"{settings['env']}: {counted(len(plan), 'episode')}, seeds {plan[0].seed} to {plan[-1].seed}."
+        f"Evaluating {path} ({'averaged' if trial.averaged else 'raw'} weights, epoch "
+        f"{'?' if trial.epoch is None else trial.epoch}) in {trial.settings['env']}: {counted(len(plan), 'episode')}, seeds "
+        f"{plan[0].seed} to {plan[-1].seed}."
     )
-    result = rollout(
-        policy,
-        make_env,
-        plan,
-        num_envs=arguments.num_envs,
-        inference_batch=settings["inference_batch"],
-        threads=arguments.threads,
-        processes=_cores() if arguments.processes is None else arguments.processes,
-        max_steps=settings["max_steps"],
-        execution_horizon=settings["execution_horizon"],
-    )
-    result.settings = {
-        "environment": settings["env"],
-        "environment_arguments": settings["env_kwargs"],
-        "weights": "ema" if averaged else "raw",
-        **result.settings,
-    }
+    result = trial.play(arguments, plan)
     written = result.save(folder / "evaluation.json")
     report(result)
     say(f"Table: {written}")
     if arguments.videos > 0:
-        for video in record_videos(policy, make_env, result, folder, arguments.videos):
-            say(f"Video: {video}")
+        trial.film(result, folder, arguments.videos)
     return result
 
 
 def report(result: EvaluationResult) -> None:
-    """Prints the table, what a reader must know of it, and how fast it went."""
-    from rich.console import Console
-
+    """Prints the tables, what a reader must know of them, and how fast it went."""
     from lightning_robot.console import counted
 
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(result.table())
-    for sentence in result.warnings():
+    print_tables(result.table(), result.outcome_table())
+    for sentence in [*described_settings(result), *result.warnings()]:
         print(sentence)
     steps = sum(record.steps for record in result.records)
     workers = counted(result.processes, "worker process")
-    print(f"{counted(steps, 'step')} in {result.seconds:.1f} s ({steps / result.seconds:.0f} steps/s, {workers}).")
+    speed = f"{counted(steps, 'step')} in {result.seconds:.1f} s ({steps / result.seconds:.0f} steps/s, {workers})"
+    times = result.inference_ms()
+    if times["count"]:
+        speed += f"; {times['p50']:.1f} ms per query (95 % below {times['p95']:.1f})"
+    print(f"{speed}.")
+
+
+def print_tables(*tables: Any) -> None:
+    """Prints rich tables, wide enough where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    console = Console(width=None if console.is_terminal else 120)
+    for table in tables:
+        console.print(table)
+
+
+def described_settings(result: EvaluationResult) -> list[str]:
+    """Sentences about what stands between prediction and command."""
+    sentences = []
+    if result.settings.get("ensembling"):
+        coefficient, direction = result.settings["ensembling"]
+        sentences.append(f"Actions are ensembled over time: coefficient {coefficient:g}, counted from the {direction}.")
+    if steps := result.settings.get("postprocess"):
+        described = ", ".join(
+            f"{step['class_path'].rpartition('.')[2]} "
+            + " ".join(f"{name}={value}" for name, value in (step.get("init_args") or {}).items())
+            for step in steps
+        )
+        sentences.append(f"Actions are post-processed: {described}.")
+    return sentences
 
 
 def settle(arguments: argparse.Namespace, saved: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -173,11 +310,16 @@ def settle(arguments: argparse.Namespace, saved: dict[str, Any], path: Path) -> 
         value = getattr(arguments, name)
         return saved.get(name, default) if value is None else value
 
+    if arguments.ensembling:  # one of the two asked for here puts the other one of training out of force
+        saved = {**saved, "execution_horizon": None}
+    elif arguments.execution_horizon not in (None, 1) and arguments.ensembling is None:
+        saved = {**saved, "ensembling": False}
     return {
         "env": env,
         "env_kwargs": {**saved.get("env_kwargs", {}), **arguments.env_kwargs},
         "tasks": chosen("tasks"),
         "execution_horizon": chosen("execution_horizon"),
+        "ensembling": chosen("ensembling"),
         "max_steps": chosen("max_steps"),
         "inference_batch": chosen("inference_batch", 8),
     }
@@ -197,11 +339,16 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         "execution_horizon": 1,
         "processes": 0,
         "videos": 0,
+        "selection_episodes": 1,
     }
     for name, smallest in least.items():
         value = getattr(arguments, name)
         if value is not None and value < smallest:
             raise EvaluateError(f"--{name.replace('_', '-')} must be at least {smallest}, not {value}.")
+    if arguments.ensembling and arguments.execution_horizon not in (None, 1):
+        raise EvaluateError("--ensembling asks at every step; --execution-horizon does not go with it.")
+    if arguments.all and (arguments.compare or arguments.unpaired):
+        raise EvaluateError("--all sweeps, --compare compares: one after the other.")
 
 
 def choose_device(name: str) -> str:
@@ -239,42 +386,27 @@ def check_seeds(seed: int, episodes: int) -> None:
         )
 
 
-def find_checkpoint(name: str | Path) -> Path:
-    """The file meant by a path: itself, or the best, else the last checkpoint of a run directory.
-
-    Raises:
-        FileNotFoundError: says what there is instead.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path.resolve()
-    if path.is_dir():
-        for candidate in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
-            if (path / candidate).is_file():
-                return (path / candidate).resolve()
-    folder = path.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    found = sorted(str(file.relative_to(folder)) for pattern in ("*.ckpt", "*/*.ckpt") for file in folder.glob(pattern))
-    there = f"In {folder} there is: {', '.join(found)}." if found else f"{folder} holds no checkpoint."
-    what = f"No best.ckpt or last.ckpt in {path}." if path.is_dir() else f"No checkpoint at {path}."
-    raise FileNotFoundError(f"{what} {there}")
-
-
-def default_output(path: Path, arguments: argparse.Namespace) -> Path:
+def default_output(path: Path, arguments: argparse.Namespace, name: str | None = None) -> Path:
     """A folder in the checkpoint's run, or beside a checkpoint that lies alone; one for each set of episodes.
 
     Options that change what is played stand in the name by a digest, so that no evaluation overwrites another one.
+
+    Args:
+        path: of the checkpoint.
+        arguments: the command line's.
+        name: the folder's name begins with it; the checkpoint's by default.
     """
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     weights = f"_{arguments.weights}" if arguments.weights else ""
     tasks = f"_{arguments.tasks[0]}" if arguments.tasks and len(arguments.tasks) == 1 else ""
-    names = ("env", "env_kwargs", "tasks", "execution_horizon", "max_steps", "inference_batch")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    options = ("env", "env_kwargs", "tasks", "execution_horizon", "ensembling", "postprocess", "max_steps", "inference_batch")
+    given = {option: getattr(arguments, option) for option in options}
+    given = {option: value for option, value in given.items() if value is not None and value != {}}
     if tasks:
         del given["tasks"]
     digest = f"_{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:6]}" if given else ""
-    return run / "evaluations" / f"{path.stem}{weights}{tasks}_seed{arguments.seed}_episodes{arguments.episodes}{digest}"
+    name = name or (path.name if path.is_dir() else path.stem)
+    return run / "evaluations" / f"{name}{weights}{tasks}_seed{arguments.seed}_episodes{arguments.episodes}{digest}"
 
 
 def _cores() -> int:
@@ -295,3 +427,27 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'a JSON object is wanted, such as {{"max_steps": 300}}, not {text}')
     return value
+
+
+def _list(text: str) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not (isinstance(value, list) and all(isinstance(step, dict) for step in value)):
+        raise argparse.ArgumentTypeError(
+            f'a JSON list of steps is wanted, such as [{{"class_path": "Offset", "init_args": {{"values": 1}}}}], not {text}'
+        )
+    return value
+
+
+def _ensembling(text: str) -> dict[str, Any]:
+    coefficient, _, direction = text.partition(":")
+    if direction not in ("", "oldest", "newest"):
+        raise argparse.ArgumentTypeError(f"{direction!r}: the direction is oldest or newest")
+    try:
+        return {"coefficient": float(coefficient), "direction": direction or "oldest"}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no coefficient (name checkpoints before --ensembling, or write --ensembling 0.01)"
+        ) from error

@@ -8,7 +8,8 @@ from pathlib import Path
 import gymnasium
 import pytest
 
-from lightning_robot.commands.evaluate import find_checkpoint, main
+from lightning_robot.commands.checkpoint_paths import find_checkpoint
+from lightning_robot.commands.evaluate import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 from fake_saved_policy import save
