@@ -88,6 +88,7 @@ class LeRobotDataModule(EpisodeDataModule):
             raise ValueError(f"drop_n_last_frames: {drop_n_last_frames}; it is a number of frames, or null.")
         self.repo_id, self.revision, self.backend, self.tolerance = repo_id, revision, backend, tolerance
         self.drop_n_last_frames = drop_n_last_frames
+        self._folder: LeRobotFolder | None = None
 
     def find_store(self) -> Path:
         """The dataset's folder, or where it will be downloaded to."""
@@ -123,12 +124,13 @@ class LeRobotDataModule(EpisodeDataModule):
         os.replace(partial, path)
 
     def open_store(self, path: Path) -> Any:
-        """The folder, read as an episode store is read."""
-        folder = LeRobotFolder.open(path, self.backend, self.tolerance)
-        if self.repo_id is not None and (path / COMMIT).exists():
-            commit = (path / COMMIT).read_text().strip()
-            say(f"{self.repo_id} at {self.revision}, commit {commit}, in {path} (delete it to download anew).")
-        return folder
+        """The folder, read as an episode store is read; once, however often it is asked for."""
+        if self._folder is None or self._folder.path != path:
+            self._folder = LeRobotFolder.open(path, self.backend, self.tolerance)
+            if self.repo_id is not None and (path / COMMIT).exists():
+                commit = (path / COMMIT).read_text().strip()
+                say(f"{self.repo_id} at {self.revision}, commit {commit}, in {path} (delete it to download anew).")
+        return self._folder
 
     def setup(self, stage: str | None = None) -> None:
         """As `EpisodeDataModule.setup`; then looks whether the videos of the chosen episodes are there and long enough.

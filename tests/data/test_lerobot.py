@@ -182,9 +182,8 @@ def test_noted_picture_statistics_equal_computed_ones(shared, capsys, name, exac
         for name, allowed in {"mean": exact, "std": exact, "min": extremes, "max": extremes}.items():
             np.testing.assert_allclose(getattr(computed[camera], name), getattr(merged[camera], name), atol=allowed)
     for broken in ({"std": [[[0.006]]] * 3}, {"mean": [[[94.0]]] * 3}):
-        data.store._table.statistics = [
-            {camera: {**values, **broken} for camera, values in episode.items()} for episode in noted
-        ]
+        table = data.store._table
+        table.statistics = [{camera: {**values, **broken} for camera, values in episode.items()} for episode in noted]
         data._statistics.clear()
         again = data.statistics((CAMERAS[0],))[CAMERAS[0]]
         np.testing.assert_array_equal(again.mean, computed[CAMERAS[0]].mean)

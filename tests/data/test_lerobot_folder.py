@@ -124,6 +124,13 @@ def test_a_picture_that_is_named_only_is_read_from_its_file(tmp_path):
         LeRobotFolder.open(path).gather(CAMERAS[0], np.arange(6))
 
 
+def test_a_camera_with_another_name_is_offered_as_one(tmp_path):
+    folder = LeRobotFolder.open(write_folder(tmp_path / "a", cameras=("observation.image",)))
+    assert folder.keys == ("observation.state", "action", "observation.images.image")
+    assert codes_of(folder.gather("observation.images.image", np.array([8])))[0].tolist() == [8]
+    assert len(folder.episode_statistics("observation.images.image", np.array([0, 2]))) == 2
+
+
 # Folders that are wrong.
 
 
