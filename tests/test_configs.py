@@ -21,7 +21,14 @@ SMALL = {
     "trainer": {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "check_val_every_n_epoch": 1},
     "evaluation": {"max_steps": 4, "num_envs": 2, "inference_batch": 2},
 }
-SMALL_MODEL = {"down_dims": [16, 32, 64]}
+SMALL_MODEL = {
+    "SimpleDP3": {"down_dims": [16, 32, 64]},
+    "DP3": {"down_dims": [16, 32, 64]},
+    "DiffusionPolicy": {"down_dims": [16, 32, 64], "backbone": "resnet10t", "denoising_steps": 2},
+    "ACT": {"hidden_size": 32, "heads": 2, "feedforward_size": 32, "encoder_layers": 1, "posterior_layers": 1}
+    | {"backbone": "resnet10t", "backbone_norm": "group", "pretrained": False},
+}
+PACKAGES = {"metaworld": "metaworld", "aloha": "gym_aloha", "pusht": "gym_pusht"}  # simulator that a configuration needs
 
 
 class _Stopped(Exception):
@@ -80,15 +87,44 @@ def demonstrations(tmp_path_factory) -> Path:
     return generate(path, env_kwargs=kwargs, tasks=("open_drawer", "close_drawer"), episodes_per_task=2, processes=1)
 
 
-def _run(tmp_path, demonstrations, base, *overlays) -> Path:
-    small = tmp_path / "small.yaml"
-    model = {"init_args": SMALL_MODEL} if "down_dims" in base.read_text() else {}
-    tasks = yaml.safe_load(base.read_text()).get("evaluation", {}).get("tasks")
-    episodes = {"evaluation": SMALL["evaluation"] | {"tasks": tasks[:2] if tasks else ["open_drawer"], "episodes": 2}}
+@pytest.fixture(scope="module")
+def lerobot_folder(tmp_path_factory) -> Path:
+    """Two demonstrations on the arm as a LeRobot dataset."""
+    from lightning_robot.generation.generate import generate
+
+    kwargs = {"camera_sizes": {"overhead": 48, "wrist": 48}}
+    path = tmp_path_factory.mktemp("lerobot") / "so101"
+    return generate(
+        path, env="lightning_robot/SO101PickPlace-v0", env_kwargs=kwargs, episodes_per_task=2, processes=1, format="lerobot"
+    )
+
+
+def _data_options(base: Path, request) -> list[str]:
+    """Small data of the kind that the configuration reads."""
+    kind = yaml.safe_load(base.read_text())["data"]["class_path"].rpartition(".")[2]
+    if kind == "CalvinDataModule":
+        return [f"--data.root={request.getfixturevalue('demonstrations')}", "--data.generate=null"]
+    if kind == "LeRobotDataModule":
+        return [f"--data.root={request.getfixturevalue('lerobot_folder')}", "--data.repo_id=null"]
+    assert kind == "DemonstrationsDataModule"
+    return ["--data.episodes_per_task=2", "--data.processes=1"]
+
+
+def _run(tmp_path, request, base, *overlays) -> Path:
+    small, content = tmp_path / "small.yaml", yaml.safe_load(base.read_text())
+    model = {"init_args": SMALL_MODEL[content["model"]["class_path"].rpartition(".")[2]]}
+    evaluation = content.get("evaluation", {})
+    if "PlayTable" in evaluation.get("env", "PlayTable"):
+        tasks = evaluation.get("tasks")
+        evaluation = SMALL["evaluation"] | {"tasks": tasks[:2] if tasks else ["open_drawer"], "episodes": 2}
+    else:
+        evaluation = SMALL["evaluation"] | {"episodes": min(2, evaluation.get("episodes", 2))}
+    if "LeRobot" in content["data"]["class_path"]:
+        evaluation = {"episodes": 0}  # the folder is of another robot than the configuration's simulator
     if any(overlay.stem == "profile" for overlay in overlays):
-        episodes = {}
-    small.write_text(yaml.safe_dump(SMALL | {"model": model} | episodes))
-    options = ["--data.root", str(demonstrations), "--data.generate=null", "--data.validation_ratio=0.25"]
+        evaluation = {}
+    small.write_text(yaml.safe_dump(SMALL | {"model": model, "evaluation": evaluation}))
+    options = [*_data_options(base, request), "--data.validation_ratio=0.25"]
     configs = [option for file in (base, small, *overlays) for option in ("--config", str(file))]
     if any(overlay.stem == "profile" for overlay in overlays):
         options += ["--trainer.limit_train_batches=30", "--data.batch_size=2", "--trainer.max_epochs=9"]
@@ -97,16 +133,21 @@ def _run(tmp_path, demonstrations, base, *overlays) -> Path:
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda file: file.stem)
-def test_every_base_trains_validates_simulates_and_saves(base, demonstrations, tmp_path):
-    run = _run(tmp_path, demonstrations, base)
+def test_every_base_trains_validates_simulates_and_saves(base, request, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_ROBOT_CACHE", str(tmp_path / "cache"))
+    package = next((package for name, package in PACKAGES.items() if name in base.stem), None)
+    if package == "metaworld" and find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, which makes the demonstrations of this configuration")
+    run = _run(tmp_path, request, base)
     metrics = read_metrics(run / "metrics.csv")
-    assert {"val/loss", "val/success"} <= set(metrics)
+    simulates = "LeRobot" not in base.read_text()
+    assert {"val/loss", *(["val/success"] if simulates else [])} <= set(metrics)
     assert {path.name for path in (run / "checkpoints").glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_overlays_run_where_the_machine_permits(name, demonstrations, tmp_path):
-    run = _run(tmp_path, demonstrations, CONFIGS / "dp3_calvin_debug.yaml", CONFIGS / "overlays" / f"{name}.yaml")
+def test_overlays_run_where_the_machine_permits(name, request, tmp_path):
+    run = _run(tmp_path, request, CONFIGS / "dp3_calvin_debug.yaml", CONFIGS / "overlays" / f"{name}.yaml")
     if name == "profile":
         assert list(run.glob("*.pt.trace.json"))
     assert (run / "checkpoints" / "last.ckpt").exists()
