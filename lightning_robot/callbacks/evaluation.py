@@ -82,7 +82,8 @@ class SimulationEvaluation(Callback):
             )
         if ensembling and execution_horizon not in (None, 1):
             raise ValueError(
-                f"evaluation.ensembling asks at every step; evaluation.execution_horizon {execution_horizon} does not go with it."
+                "evaluation.ensembling asks at every step: evaluation.execution_horizon must be 1 or null, not "
+                f"{execution_horizon}."
             )
         self.env = env
         self.env_kwargs = dict(env_kwargs or {})

@@ -1,10 +1,19 @@
 """Action post-processing: each step against hand-computed values; what does not fit is refused by name."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from lightning_robot.callbacks.checkpoints import Checkpoints
+from lightning_robot.evaluation.controller import Controller
 from lightning_robot.features import Feature, Features
+from lightning_robot.policies.base import load_policy
 from lightning_robot.transforms.postprocess import PostprocessError, build_postprocess, postprocess_action
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "standins"))
+from tiny_run import TinyData, TinyPolicy, tiny_trainer
 
 ARM = Features(
     {"observation.state": Feature((3,))},
@@ -97,3 +106,24 @@ def test_elements_are_known_by_their_kind():
     with pytest.raises(PostprocessError, match="yaw are absolute rotations"):
         build_postprocess([step("Smooth", weight=0.5)], Features({}, pose, "absolute; commanded"))
     assert play([step("Smooth", weight=0.5)], [[0, 2], [2, 0]], Features({}, pose, "relative; commanded"))[1] == [1, 1]
+
+
+def test_a_checkpoint_alone_post_processes(tmp_path):
+    """Configuration, checkpoint, controller: the same steps, applied once and by the controller alone."""
+    steps = [step("Smooth", weight=0.25), step("Offset", values=[5.0, 0.0]), step("Clip", high=4.9)]
+    tiny_trainer(tmp_path, Checkpoints(), max_epochs=1).fit(TinyPolicy(postprocess=steps), datamodule=TinyData())
+    policy = load_policy(tmp_path / "checkpoints" / "last.ckpt")
+    assert policy.postprocess == steps
+    observations = [{"observation.state": np.full(3, 0.3 * number, dtype=np.float32)} for number in range(4)]
+
+    def play(**settings):
+        controller = Controller(policy, 1, execution_horizon=1, **settings)
+        controller.reset([0], [0])
+        return np.stack([controller.act([observation], [number])[0] for number, observation in enumerate(observations)])
+
+    raw, processed = play(postprocess=[]), play()
+    expected = raw.copy()
+    for number in range(1, 4):
+        expected[number] = 0.25 * raw[number] + 0.75 * expected[number - 1]
+    np.testing.assert_allclose(processed, np.minimum(expected + [5, 0], 4.9), rtol=1e-6)
+    assert np.abs(processed - raw).max() > 1
