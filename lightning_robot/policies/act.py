@@ -146,6 +146,11 @@ class ACT(ImitationPolicy):
                 raise ValueError(f"Unknown {name} {value!r}; use {', '.join(choices)}.")
         if pretrained and backbone_norm == "group":
             raise ValueError("ImageNet weights belong to batch norm: set pretrained: false with backbone_norm: group.")
+        if ensembling is not None and (
+            not set(ensembling) <= {"coefficient", "direction"}
+            or ensembling.get("direction", "oldest") not in ("oldest", "newest")
+        ):
+            raise ValueError(f"ensembling={ensembling}: give a coefficient, and the direction oldest or newest.")
         if not depth_range[0] < depth_range[1]:
             raise ValueError(f"depth_range={depth_range} must be two distances in metres, near and far.")
         self.observation_steps = 1

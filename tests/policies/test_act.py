@@ -95,6 +95,7 @@ def test_published_defaults():
     assert (options["learning_rate"], options["weight_decay"], options["reduction"]) == (1e-5, 1e-4, "valid")
     assert (options["backbone"], options["backbone_norm"], options["pretrained"]) == ("resnet18", "frozen_batch", True)
     assert policy.ensembling is None
+    assert ACT(ensembling={"coefficient": 0.01}).ensembling == {"coefficient": 0.01}
     window = policy.window
     assert (window.observation_steps, window.action_offset, window.pad_before, window.pad_after) == (1, 0, 0, 99)
 
@@ -142,6 +143,8 @@ def test_arguments_are_checked():
         ({"image_normalization": "none"}, "Unknown image_normalization"),
         ({"pretrained": True}, "ImageNet weights belong to batch norm"),
         ({"depth_range": (2.0, 1.0)}, "depth_range"),
+        ({"ensembling": {"coefficient": 0.01, "direction": "new"}}, "direction oldest or newest"),
+        ({"ensembling": {"weight": 0.01}}, "give a coefficient"),
     ):
         with pytest.raises(ValueError, match=message):
             ACT(**SMALL | arguments)
