@@ -1,4 +1,4 @@
-"""``convert``: recordings of others -> an episode store."""
+"""``convert``: recordings of others -> an episode store; a checkpoint -> LeRobot's form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_robot convert", description="Converts recordings to an episode store.", allow_abbrev=False
+        prog="python -m lightning_robot convert",
+        description="Converts recordings to an episode store, or a checkpoint to LeRobot's form.",
+        allow_abbrev=False,
     )
     formats = parser.add_subparsers(title="formats", required=True, metavar="FORMAT")
     calvin = formats.add_parser(
@@ -68,7 +70,33 @@ def _parser() -> argparse.ArgumentParser:
     add("--scene", choices=("A", "B", "C", "D", ""), default="", help="scene, where the recordings do not say")
     add("--processes", type=int, default=None, help="worker processes; all usable cores if not given")
     add("--strict", action="store_true", help="stop at the first damaged item")
+    policy = formats.add_parser(
+        "lerobot-policy",
+        help="a checkpoint of ACT or Diffusion Policy, for LeRobot",
+        description="Writes a checkpoint of ACT or Diffusion Policy as a folder that LeRobot loads. The other way needs no "
+        "conversion: wherever a checkpoint is asked for, give LeRobot's folder.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    policy.set_defaults(run=_lerobot_policy)
+    policy.add_argument("checkpoint", metavar="CHECKPOINT", help="e.g. runs/latest/checkpoints/best.ckpt")
+    policy.add_argument("folder", metavar="FOLDER", help="where LeRobot's checkpoint will be")
+    policy.add_argument("--weights", choices=("ema", "raw"), default=None, help="averaged if there are any, if not given")
     return parser
+
+
+def _lerobot_policy(checkpoint: str, folder: str, weights: Any) -> int:
+    from lightning_robot.console import say
+    from lightning_robot.policies.base import load_policy
+    from lightning_robot.policies.lerobot_checkpoints import export_lerobot_policy
+
+    try:
+        export_lerobot_policy(load_policy(checkpoint, weights), folder)
+    except (ValueError, OSError) as error:
+        print(f"convert lerobot-policy: {error}", file=sys.stderr)
+        return 1
+    say(f"{folder}: {checkpoint} for LeRobot.")
+    return 0
 
 
 def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence[float], **values) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_robot.console import say
 from lightning_robot.features import Feature, Features
 from lightning_robot.policies.act import ACT
-from lightning_robot.policies.base import ImitationPolicy
+from lightning_robot.policies.base import Policy
 from lightning_robot.policies.diffusion_policy import DiffusionPolicy
 from lightning_robot.policies.lerobot_normalizers import (
     IN_WEIGHTS,
@@ -113,7 +113,7 @@ def load_lerobot_policy(folder: str | Path) -> ACT | DiffusionPolicy:
     return policy.eval()
 
 
-def export_lerobot_policy(policy: ImitationPolicy, folder: str | Path) -> None:
+def export_lerobot_policy(policy: Policy, folder: str | Path) -> None:
     """Writes a policy as a checkpoint that LeRobot 0.4 and newer load (tried with 0.4.4 and 0.6.1).
 
     The weights are those that the policy has now: after `load_policy` the averaged ones. Cameras renamed by the transform

@@ -430,3 +430,13 @@ def test_scalings_are_lerobots_arithmetic(mode):
     again = Scaling.from_statistics(mode, known.statistics(mode))
     for name in ("scale", "offset", "center"):
         np.testing.assert_array_equal(getattr(again, name), getattr(scaling, name))
+
+
+def test_convert_writes_a_checkpoint_for_lerobot(folders, tmp_path, capsys):
+    from lightning_robot.commands.convert import main
+
+    assert main(["lerobot-policy", str(folders[ACT_NAME]), str(tmp_path / "out")]) == 0
+    assert "for LeRobot" in capsys.readouterr().out
+    assert load_lerobot_policy(tmp_path / "out").action_horizon == 12
+    assert main(["lerobot-policy", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 1
+    assert "No checkpoint at" in capsys.readouterr().err
