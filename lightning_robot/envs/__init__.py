@@ -8,6 +8,10 @@ import gymnasium
 gymnasium.register("lightning_robot/PlayTable-v0", entry_point="lightning_robot.envs.play_table:PlayTable")
 gymnasium.register("lightning_robot/Calvin-v0", entry_point="lightning_robot.envs.calvin:Calvin")
 gymnasium.register("lightning_robot/SO101PickPlace-v0", entry_point="lightning_robot.envs.so101:SO101PickPlace")
+gymnasium.register("lightning_robot/Adapted-v0", entry_point="lightning_robot.envs.adapters:Adapted")
+gymnasium.register("lightning_robot/MetaWorld-v0", entry_point="lightning_robot.envs.metaworld:MetaWorld")
+gymnasium.register("lightning_robot/Aloha-v0", entry_point="lightning_robot.envs.gym_aloha:Aloha")
+gymnasium.register("lightning_robot/PushT-v0", entry_point="lightning_robot.envs.gym_pusht:PushT")
 
 
 def make_environment(environment: str, **arguments: Any) -> gymnasium.Env:
