@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_step import machine_rates
 
 import lightning_robot  # noqa: F401  (before lightning)
+from lightning_robot.callbacks.host_memory import keep_freed_memory
 from lightning_robot.features import Feature, Features
 from lightning_robot.networks.diffusion import add_noise
 from lightning_robot.policies.act import ACT
@@ -223,6 +224,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()  # as `fit` does
     flops, bandwidth = machine_rates(args.device)
     print(
         f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {flops:.0f} GFLOP/s (float32), "

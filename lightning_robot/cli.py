@@ -25,6 +25,7 @@ from lightning_robot.callbacks.compile import Compile
 from lightning_robot.callbacks.ema import EMA
 from lightning_robot.callbacks.evaluation import SimulationEvaluation
 from lightning_robot.callbacks.guards import Guards, NonFiniteError
+from lightning_robot.callbacks.host_memory import HostMemory
 from lightning_robot.callbacks.initial_weights import InitialWeights, class_path_of, require_class
 from lightning_robot.callbacks.metrics_file import MetricsFile
 from lightning_robot.callbacks.predictions import Predictions
@@ -267,7 +268,7 @@ class CommandLine(LightningCLI):
         callbacks = [StepSeeds(int(settings.seed_everything)), *callbacks]
         if self.subcommand == "fit":
             assert self.run_path is not None
-            callbacks += [self.signals, InitialWeights(settings.init_from)]
+            callbacks += [self.signals, InitialWeights(settings.init_from), HostMemory()]
             # Initial weights before averaging: the average starts from them.
             callbacks.sort(key=lambda callback: not isinstance(callback, StepSeeds | RunDirectory | InitialWeights))
             config["logger"] = self._loggers(config.get("logger"), run)
