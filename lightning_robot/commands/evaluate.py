@@ -147,6 +147,7 @@ class Trial:
         tasks: to be played.
         averaged: whether the weights are averaged ones.
         step, epoch: of training, None where the checkpoint does not say.
+        notes: differences between training and this environment.
     """
 
     path: Path
@@ -156,6 +157,7 @@ class Trial:
     averaged: bool
     step: int | None
     epoch: int | None
+    notes: list[str]
 
     @classmethod
     def open(cls, arguments: argparse.Namespace, path: Path, saved: dict[str, Any] | None = None) -> Trial:
@@ -166,7 +168,6 @@ class Trial:
             path: a checkpoint, or a folder with one of LeRobot.
             saved: settings where neither command line nor checkpoint name an environment.
         """
-        from lightning_robot.console import say
         from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment
         from lightning_robot.policies.base import load_policy
 
@@ -177,8 +178,6 @@ class Trial:
             settings["ensembling"] = getattr(policy, "ensembling", None) or True
         make_env = environment_maker(settings["env"], settings["env_kwargs"])
         description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
-        for note in notes:
-            say(note)
         return cls(
             path=path,
             policy=policy,
@@ -187,6 +186,7 @@ class Trial:
             averaged="ema_state_dict" in checkpoint and arguments.weights != "raw",
             step=checkpoint.get("global_step"),
             epoch=checkpoint.get("epoch"),
+            notes=notes,
         )
 
     def play(self, arguments: argparse.Namespace, plan: Sequence[Episode]) -> EvaluationResult:
@@ -232,6 +232,8 @@ def evaluate(arguments: argparse.Namespace, path: Path) -> EvaluationResult:
     from lightning_robot.evaluation.rollout import plan_episodes
 
     trial = Trial.open(arguments, path)
+    for note in trial.notes:
+        say(note)
     plan = plan_episodes(arguments.episodes, arguments.seed, trial.tasks)
     folder = Path(arguments.output) if arguments.output else default_output(path, arguments)
     folder.mkdir(parents=True, exist_ok=True)  # before the work: its result must not be lost for want of a place
@@ -252,9 +254,11 @@ def evaluate(arguments: argparse.Namespace, path: Path) -> EvaluationResult:
 def report(result: EvaluationResult) -> None:
     """Prints the tables, what a reader must know of them, and how fast it went."""
     from lightning_robot.console import counted
+    from lightning_robot.evaluation.outcomes import milestone_sentence
 
     print_tables(result.table(), result.outcome_table())
-    for sentence in [*described_settings(result), *result.warnings()]:
+    reached = milestone_sentence(result.records)
+    for sentence in [*([reached] if reached else []), *described_settings(result), *result.warnings()]:
         print(sentence)
     steps = sum(record.steps for record in result.records)
     workers = counted(result.processes, "worker process")

@@ -90,6 +90,8 @@ def _played(
         settings = table.settings
         saved = {"env": settings.get("environment"), "env_kwargs": settings.get("environment_arguments", {})}
     trial = Trial.open(arguments, path, saved)
+    for note in trial.notes:
+        say(f"{name}: {note}")
     if table is None:
         plan = plan_episodes(arguments.episodes, arguments.seed, trial.tasks)
     else:

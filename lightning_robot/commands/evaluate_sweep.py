@@ -39,8 +39,13 @@ def sweep_checkpoints(arguments: argparse.Namespace, paths: Sequence[Path]) -> S
     candidates: dict[str, Candidate] = {}
     files: dict[str, Path] = {}
     plan = None
+    told: set[str] = set()
     for path in paths:
         trial = Trial.open(arguments, path)
+        for note in trial.notes:
+            if note not in told:
+                say(note)
+        told.update(trial.notes)
         own = plan_episodes(count, first, trial.tasks)
         plan = plan or own
         if own != plan:

@@ -84,6 +84,18 @@ def milestones(records: Sequence[EpisodeRecord]) -> dict[str, int]:
     return counts
 
 
+def milestone_sentence(records: Sequence[EpisodeRecord]) -> str | None:
+    """How far the episodes came, one milestone after the other; the share is of those that reached the one before."""
+    counts = milestones(records)
+    if not counts:
+        return None
+    parts, before = [], len(records)
+    for name, count in counts.items():
+        parts.append(f"{name} {count}" + (f" ({100 * count / before:.0f} %)" if before else ""))
+        before = count
+    return f"Of {len(records)} episodes: {', '.join(parts)}."
+
+
 def failure_details(records: Sequence[EpisodeRecord]) -> dict[str, dict[str, int]]:
     """What the failures' names leave open: failure → detail → count, for failures with details."""
     counts: dict[str, Counter] = {}

@@ -158,6 +158,20 @@ def test_settings_are_in_the_checkpoint(tmp_path):
     }
 
 
+def test_ensembling_is_an_option_and_saved(tmp_path):
+    setting = {"coefficient": 0.1, "direction": "newest"}
+    judge = evaluation(ensembling=setting)
+    runner = trainer(tmp_path, judge, max_epochs=1, enable_checkpointing=True)
+    runner.fit(Module())
+    assert judge.result.settings["ensembling"] == [0.1, "newest"]
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["evaluation"]["ensembling"] == setting
+    with pytest.raises(ValueError, match="takes coefficient and direction, not weight"):
+        evaluation(ensembling={"weight": 1})
+    with pytest.raises(ValueError, match="execution_horizon must be 1 or null"):
+        evaluation(ensembling=True, execution_horizon=4)
+
+
 def test_trained_tasks_are_played_and_saved_where_none_are_named(tmp_path):
     judge, module = evaluation(env_kwargs={"tasks": ("near", "far")}), Module()
     module.trained_tasks = ("far", "fly")

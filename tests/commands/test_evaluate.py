@@ -66,6 +66,30 @@ def test_second_run_is_byte_equal_and_options_override(run, tmp_path):
     assert found["settings"]["weights"] == "raw"
 
 
+def test_ensembling_and_postprocessing_override_and_show(run, tmp_path, capsys):
+    def settings(*more):
+        assert main([str(run), *FAST, "--output", str(tmp_path / "out"), *more]) == 0
+        found = table(tmp_path / "out")["settings"]
+        return found["ensembling"], found["execution_horizon"], found["postprocess"]
+
+    assert settings() == (None, 2, [])
+    assert settings("--ensembling") == ([0.01, "oldest"], 1, [])
+    assert settings("--ensembling", "0.2:newest") == ([0.2, "newest"], 1, [])
+    clip = [{"class_path": "Clip", "init_args": {"high": 0.5}}]
+    assert settings("--no-ensembling", "--postprocess", json.dumps(clip)) == (None, 2, clip)
+    out = capsys.readouterr().out
+    assert "Actions are ensembled over time: coefficient 0.2, counted from the newest." in out
+    assert "Actions are post-processed: Clip high=0.5." in out
+    save(run / "checkpoints" / "best.ckpt", evaluation=SAVED | {"execution_horizon": None, "ensembling": {"coefficient": 0.3}})
+    assert settings() == ([0.3, "oldest"], 1, [])
+    assert settings("--no-ensembling") == (None, 4, [])
+    assert settings("--execution-horizon", "3") == (None, 3, [])
+    assert main([str(run), *FAST, "--ensembling", "--execution-horizon", "3"]) == 1
+    assert "--ensembling asks at every step" in capsys.readouterr().err
+    assert main([str(run), *FAST, "--postprocess", '[{"class_path": "Clap"}]']) == 1
+    assert "no class 'Clap'" in capsys.readouterr().err
+
+
 def test_videos_lie_beside_the_table(run, capsys):
     assert main([str(run / "checkpoints" / "last.ckpt"), "--episodes", "2", "--videos", "1", "--processes", "0"]) == 0
     folder = run / "evaluations" / "last_seed2000000_episodes2"
@@ -120,7 +144,18 @@ def test_arguments_of_another_environment_are_not_taken_over(tmp_path, run):
     assert table(tmp_path / "out")["settings"]["environment_arguments"] == {}
 
 
-@pytest.mark.parametrize("arguments", [["x", "--episode", "3"], ["x", "--env-kwargs", "{"], ["x", "--env-kwargs", "3"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["x", "--episode", "3"],
+        ["x", "--env-kwargs", "{"],
+        ["x", "--env-kwargs", "3"],
+        ["x", "--postprocess", '{"class_path": "Clip"}'],
+        ["x", "--ensembling", "0.1:older"],
+        ["--ensembling", "x"],
+        [],
+    ],
+)
 def test_malformed_command_lines_are_refused(arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -94,6 +94,8 @@ def test_milestones_details_and_means():
     ]
     summary = EvaluationResult(rows).summary()
     assert summary["milestones"] == {"reached": 3, "lifted": 1}
+    assert outcomes.milestone_sentence(rows) == "Of 4 episodes: reached 3 (75 %), lifted 1 (33 %)."
+    assert outcomes.milestone_sentence([record(0, "success")]) is None
     assert summary["failure_details"] == {"never_picked_up": {"grasp_failed": 2, "never_reached": 1}}
     assert summary["details"] == {"success_loose": 0.5, "final_distance": 0.01}
 

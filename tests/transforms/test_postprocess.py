@@ -125,5 +125,5 @@ def test_a_checkpoint_alone_post_processes(tmp_path):
     expected = raw.copy()
     for number in range(1, 4):
         expected[number] = 0.25 * raw[number] + 0.75 * expected[number - 1]
-    np.testing.assert_allclose(processed, np.minimum(expected + [5, 0], 4.9), rtol=1e-6)
+    np.testing.assert_allclose(processed, np.minimum(expected + np.array([5, 0]), 4.9), rtol=1e-6)
     assert np.abs(processed - raw).max() > 1
