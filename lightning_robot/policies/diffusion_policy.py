@@ -41,6 +41,7 @@ class DiffusionPolicy(ActionDiffusion):
         action_horizon: H; U-Net 16 (a multiple of 2 to the number of its levels less one), transformer 10.
         execution_horizon: actions executed per chunk, at most H - T + 1.
         backbone: name of a ResNet of timm.
+        backbone_width: share of its channels, where the ResNet's name ends in t.
         backbone_norm: ``group`` (group norm over 16 channels), ``batch`` or ``frozen_batch``.
         backbone_stages: of the ResNet's four; fewer are cheaper and see finer.
         pretrained: ImageNet's weights; not with ``group``.
@@ -101,6 +102,7 @@ class DiffusionPolicy(ActionDiffusion):
         action_horizon: int | None = None,
         execution_horizon: int = 8,
         backbone: str = "resnet18",
+        backbone_width: float = 1.0,
         backbone_norm: Literal["group", "batch", "frozen_batch"] = "group",
         backbone_stages: int = 4,
         pretrained: bool = False,
@@ -277,6 +279,7 @@ class DiffusionPolicy(ActionDiffusion):
                 options["backbone"],
                 norm=options["backbone_norm"],
                 last_stage=options["backbone_stages"],
+                width=options["backbone_width"],
             )
             crop = _crop_size(options["crop"], resize or group[0])
             encoder = ImageEncoder(backbone, group, options["keypoints"], resize, crop)
