@@ -41,7 +41,7 @@ def make_demonstrations(path: Path, arguments: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         getattr(import_module(module), function)(path, **arguments)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:  # the last: a simulator that is not installed
         raise StoreError(str(error)) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ class Adapted(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         state_names: Sequence[str] = (),
         action_names: Sequence[str] = (),
         action_semantics: str = "",
-        action_bounds: ArrayLike | None = None,
+        action_bounds: Any = None,
         control_rate: float | None = None,
         max_steps: int | None = None,
         render_mode: str | None = None,
@@ -155,7 +156,7 @@ class Adapted(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             size = (1 if is_depth else 3, *shape[:2])
             offered[key] = Feature(size, dtype="float32" if is_depth else "uint8", unit="m" if is_depth else "")
         self._offered = offered
-        boxes: dict[str, spaces.Space] = {"task": spaces.Text(1000, min_length=0)}
+        boxes: dict[str, spaces.Space] = {"task": spaces.Text(1000, min_length=0, charset=string.printable)}
         for key, feature in offered.items():
             low, high = (0, 255) if feature.dtype == "uint8" else (-np.inf, np.inf)
             boxes[key] = spaces.Box(low, high, feature.shape, np.dtype(feature.dtype))
