@@ -6,8 +6,9 @@
 LeRobot writes the folders DATA/<storage>_<size> where they are missing (two cameras, 20 episodes of 200 frames; 480x640 takes
 minutes and 5 GB). Both loaders then give batches of the same windows in the same order, and the first ones are compared value
 by value. Timed are, alternately, several repeats of each: LeRobot in its environment (with its default, spawned workers, and
-with forked ones), this project here. Throughput counts from the third batch on; the first batch counts from `iter(loader)`.
-Nothing is cached decoded; with ``--decode`` this project's decoded cache is measured too, and named so.
+with forked ones), this project here. Throughput counts from the third batch on, the first batch from `iter(loader)`; on a busy
+machine the processor time of a sample says more than the rate. Nothing is cached decoded; with ``--decode`` this project's
+decoded cache is measured too, and named so.
 
 Windows: ``act`` is one observation and 100 actions, ``diffusion`` two observations and 16 actions.
 """
@@ -123,13 +124,15 @@ def _timed(loader: Any, settings: dict[str, Any], name: str) -> dict[str, Any]:
         wanted = ("observation.state", "action", "action_is_pad", *CAMERAS)
         torch.save([{key: batch[key].contiguous() for key in wanted} for batch in kept], settings["keep"])
     done = begun = time.perf_counter()
+    processor = time.process_time()
     samples = 0
     for batch in iterator:
         samples += len(batch["action"])
         done = time.perf_counter()
         if done - begun > settings["seconds"]:
             break
-    return {"name": name, "first_batch": first_batch, "rate": samples / (done - begun), "samples": samples}
+    used = (time.process_time() - processor) / samples if settings["workers"] == 0 else None
+    return {"name": name, "first_batch": first_batch, "rate": samples / (done - begun), "processor": used}
 
 
 # Run here.
@@ -165,6 +168,8 @@ def ours(settings: dict[str, Any]) -> dict[str, Any]:
     order, batch = settings["order"], settings["batch"]
     sampler: Any = _Order([order[begin : begin + batch] for begin in range(0, len(order), batch)])  # type: ignore[misc]
     loader = data._loader(data.train_windows, sampler)
+    if settings["workers"]:
+        loader.prefetch_factor = 4  # as LeRobot's
     return _timed(loader, settings, f"lightning_robot {lightning_robot.__version__}")
 
 
@@ -198,7 +203,9 @@ def compare(one: Path, other: Path) -> str:
 def summary(results: list[dict[str, Any]], name: str) -> str:
     rates = sorted(result["rate"] for result in results)
     first = statistics.median(result["first_batch"] for result in results)
-    return f"{statistics.median(rates):9.1f} {name}/s ({rates[0]:.1f} to {rates[-1]:.1f}), first batch {first:.2f} s"
+    used = [result["processor"] for result in results]
+    cost = "" if None in used else f", {statistics.median(used) * 1e3:.1f} ms of processor time each"
+    return f"{statistics.median(rates):9.1f} {name}/s ({rates[0]:.1f} to {rates[-1]:.1f}), first batch {first:.2f} s{cost}"
 
 
 def measure(folder: Path, window: str, workers: int, arguments: argparse.Namespace) -> None:

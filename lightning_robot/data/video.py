@@ -187,6 +187,9 @@ class VideoFrames:
     Can be pickled: files are opened where and when they are read.
     """
 
+    in_threads = True
+    """Decoders let other threads run: several cameras are worth reading at the same time."""
+
     def __init__(
         self,
         files: list[Path],

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from lightning_robot.data.workers import usable_cores
 
@@ -153,8 +153,8 @@ class WindowDataset(Dataset):
         begins = self.begins[chosen][:, None]
         low, high, episode, segment, text = (column[:, None] for column in self.spans[self.span[chosen]].T)
         rows = np.clip(begins + self.observation_steps, low, high - 1)
-        lazy = [key for key in self.keys if hasattr(self.arrays[key], "gather")]
-        frames = dict(zip(lazy, _in_threads([partial(self.arrays[key].gather, rows.ravel()) for key in lazy])))
+        slow = [key for key in self.keys if getattr(self.arrays[key], "in_threads", False)]
+        frames = dict(zip(slow, _in_threads([partial(self.arrays[key].gather, rows.ravel()) for key in slow])))
         batch: dict[str, Any] = {key: self._shaped(key, rows, frames.get(key)) for key in self.keys}
         steps = begins + self.action_steps
         batch["action"] = self._shaped("action", np.clip(steps, low, high - 1))
@@ -206,10 +206,9 @@ os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _in_threads(calls: list[Callable[[], np.ndarray]]) -> list[np.ndarray]:
-    """Results of the calls, at the same time where cores are left: video decoders let other threads run."""
+    """Results of the calls, made at the same time."""
     global _threads
-    worker = get_worker_info()
-    if len(calls) < 2 or usable_cores() < 2 * (worker.num_workers if worker else 1):
+    if len(calls) < 2 or usable_cores() < 2:
         return [call() for call in calls]
     if _threads is None:
         _threads = ThreadPoolExecutor(usable_cores(), "cameras")
