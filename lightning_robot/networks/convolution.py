@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 20480  # entries: with one image of at most so many torch leaves oneDNN for its own, slower kernels
-FEW, MANY = 64, 2**21  # so few outputs per channel and so many weights: a plain product beats the convolution in training
 PACKS = ONEDNN and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # see `Convolution.packed`
 
 
@@ -33,29 +32,11 @@ class Convolution(nn.Conv1d):
         packs = self.packed is not None and PACKS and not torch.is_grad_enabled()
         if input.device.type != "cpu" or (not packs and _is_small(input)):
             return super().forward(input)
-        if self.weight.numel() >= MANY and torch.is_grad_enabled() and len(input) * self._length(input) <= FEW:
-            return self._multiply(input)
         image, weight = _to_image(input), self.weight.unsqueeze(3)
         stride, padding = (*self.stride, 1), (*self.padding, 0)
         if packs and _is_plain(image, weight):
             return _to_sequence(self._convolve_packed(image, weight, stride, padding))
         return _to_sequence(convolve(image, weight, self.bias, stride, padding))
-
-    def _length(self, input: Tensor) -> int:
-        return (input.shape[2] + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1  # type: ignore[operator]
-
-    def _multiply(self, input: Tensor) -> Tensor:
-        """The convolution as one product with the weights as they lie in memory.
-
-        With few outputs the time goes into the weights: oneDNN copies them into its own order and their gradient out of it.
-        """
-        (kernel,), (stride,), length = self.kernel_size, self.stride, self._length(input)
-        margin = int(self.padding[0])
-        padded = F.pad(input.permute(1, 2, 0), (0, 0, margin, margin))  # (C, L + 2 padding, B)
-        shifted = [padded[:, tap : tap + (length - 1) * stride + 1 : stride] for tap in range(kernel)]
-        inputs = torch.stack(shifted, 1).view(-1, length * len(input))  # (C * kernel, L' * B)
-        product = torch.addmm(self.bias.unsqueeze(1), self.weight.flatten(1), inputs)  # type: ignore[union-attr]
-        return product.view(self.out_channels, length, len(input)).permute(2, 0, 1)
 
     def _convolve_packed(self, image: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
         """As `convolve`; the operators are those that torch.compile emits for frozen weights."""

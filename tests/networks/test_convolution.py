@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_robot.networks import convolution
 from lightning_robot.networks.convolution import SMALL, Convolution, PointLinear, TransposedConvolution
 
 
@@ -36,27 +35,6 @@ def test_convolution(rows, length, kernel, stride, padding, dtype):
     layer = Convolution(6, 8, kernel, stride=stride, padding=padding).to(dtype)
     x = torch.randn(rows, 6, length, dtype=dtype)
     agree(layer, x, lambda x: F.conv1d(x, layer.weight, layer.bias, stride, padding))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(5, 1, 2), (3, 2, 1), (1, 1, 0)])
-def test_few_outputs_and_many_weights(kernel, stride, padding, dtype, monkeypatch):
-    """The product in the convolution's place, whose limits are lowered to try it on small weights."""
-    monkeypatch.setattr(convolution, "MANY", 0)
-    monkeypatch.setattr(convolution, "SMALL", 0)
-    monkeypatch.setattr(Convolution, "_convolve_packed", None)
-    used, multiply = [], Convolution._multiply
-    monkeypatch.setattr(Convolution, "_multiply", lambda *arguments: used.append(1) or multiply(*arguments))
-    torch.manual_seed(0)
-    layer = Convolution(6, 8, kernel, stride=stride, padding=padding).to(dtype)
-    for shape in ((3, 6, 16), (8, 6, 4), (1, 6, 5)):
-        x = torch.randn(shape, dtype=dtype).permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        agree(layer, x, lambda x: F.conv1d(x, layer.weight, layer.bias, stride, padding))
-    assert layer(x).permute(1, 2, 0).is_contiguous()
-    assert used
-    used.clear()
-    layer(torch.randn(70, 6, 16, dtype=dtype))
-    assert not used
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
