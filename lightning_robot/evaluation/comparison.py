@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 LEVEL = 0.05  # a difference is called established below it
 
 # Settings whose difference is worth naming beside a comparison; `weights`, `policy` and the like say what is compared.
-COMPARED_SETTINGS = ("environment_arguments", "max_steps", "inference_batch", "threads", "device")
+COMPARED_SETTINGS = (
+    *("environment_arguments", "max_steps", "execution_horizon", "ensembling", "postprocess"),
+    *("inference_batch", "threads", "device"),
+)
 
 
 class NotPaired(ValueError):
@@ -294,7 +297,7 @@ def _described(result: EvaluationResult) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value in (None, {}) else str(value)
+    return "nothing" if value in (None, {}, []) else str(value)
 
 
 def _number(p: float) -> str:

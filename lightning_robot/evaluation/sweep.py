@@ -100,7 +100,7 @@ class Sweep:
             further = outcomes.columns(result.records)
             query = result.inference_ms()["p50"]
             table.add_row(
-                one.name + (" *" if one is selected else ""),
+                one.name.replace(" = ", "\n= ") + (" *" if one is selected else ""),
                 "" if one.step is None else str(one.step),
                 f"{result.successes}/{result.episodes}",
                 f"{100 * result.success_rate:.1f} %",
@@ -108,7 +108,7 @@ class Sweep:
                 f"{_mean([row.steps for row in result.records]):.1f}",
                 *(further.get(heading, "") for heading in more),
                 "" if query is None else f"{query:.1f}",
-                ", ".join(f"{failure} {count}" for failure, count in result.failures().items()),
+                "\n".join(f"{failure} {count}" for failure, count in result.failures().items()),
                 style="bold" if one is selected else None,
             )
         return table
