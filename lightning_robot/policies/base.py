@@ -24,6 +24,7 @@ from lightning_robot.features import Features, check_compatible
 from lightning_robot.networks.noise import mix_seeds
 from lightning_robot.transforms.named import Transforms
 from lightning_robot.transforms.normalizer import Normalizer
+from lightning_robot.transforms.postprocess import build_postprocess
 from lightning_robot.transforms.statistics import Statistics
 from lightning_robot.transforms.text import HashedTextEncoder
 
@@ -241,6 +242,7 @@ class ImitationPolicy(Policy, LightningModule):
             for note in check_compatible(self.features, data.features, tuple(self.features.observations)):
                 say(note)
         self.network_features = self.transforms.features(self.features)
+        build_postprocess(self.postprocess, self.features)  # refuses here what the controller would refuse after training
         self.build()
         if fresh:
             self.fit_normalization(data)
