@@ -353,11 +353,11 @@ class MetaWorld(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             if "images" in wants:
                 observation[f"observation.images.{name}"] = np.ascontiguousarray(view.picture().transpose(2, 0, 1))
             if "depth" in wants:
-                observation[f"observation.depth.{name}"] = view.depth[None]
+                observation[f"observation.depth.{name}"] = view.depth()[None]
         if "point_cloud" in wants:
             chosen = {name: views[name] for name in self.recipe.cameras}
             observation["observation.point_cloud"] = cloud_from_depth(
-                {name: view.depth for name, view in chosen.items()},
+                {name: view.depth() for name, view in chosen.items()},
                 {name: view.camera for name, view in chosen.items()},
                 {name: view.pose for name, view in chosen.items()},
                 {name: view.colors() for name, view in chosen.items()} if self.recipe.colors else None,

@@ -39,19 +39,19 @@ class Marker:
 
 @dataclass(frozen=True)
 class View:
-    """What a camera sees at one instant; pictures are drawn when they are asked for.
+    """What a camera sees at one instant; what OpenGL draws is drawn when it is asked for.
 
     Attributes:
         camera: its intrinsics.
         pose: (4, 4) camera-to-world, OpenGL axes.
-        depth: (H, W) float32 metres along the optical axis; `FAR` where nothing is.
+        depth: gives (H, W) float32 metres along the optical axis; `FAR` where nothing is.
         colors: gives (H, W, 3) uint8 colours of what is seen, flat where rays see.
         picture: gives a picture (H, W, 3) uint8.
     """
 
     camera: Camera
     pose: NDArray[np.float64]
-    depth: NDArray[np.float32]
+    depth: Callable[[], NDArray[np.float32]]
     colors: Callable[[], NDArray[np.uint8]]
     picture: Callable[[], NDArray[np.uint8]]
 
@@ -132,12 +132,14 @@ class Scene:
         if self._opengl:
             for site, marker in zip(self._goals, self.markers()):
                 self.data.site_xpos[site] = marker.position
-            depth = np.minimum(self._draw(name, height, width, depth=True), FAR).astype(np.float32)
+
+            def measured() -> NDArray[np.float32]:
+                return np.minimum(self._draw(name, height, width, depth=True), FAR).astype(np.float32)
 
             def picture() -> NDArray[np.uint8]:
                 return self._draw(name, height, width, depth=False)
 
-            return View(view.camera, pose, depth, picture, picture)
+            return View(view.camera, pose, measured, picture, picture)
         depth, geom = view.cast(self.data)
         marked = np.full(depth.shape, -1)
         markers = self.markers()
@@ -152,7 +154,7 @@ class Scene:
         return View(
             view.camera,
             pose,
-            depth,
+            lambda: depth,
             lambda: colored(view.colors(geom)),
             lambda: colored(view.shaded(self.data, (depth, geom))),
         )
