@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lightning_robot.envs.adapters import Adapted, MissingPackage
 from lightning_robot.envs.checks import among, picture_size
+from lightning_robot.envs.gym_aloha_expert import Expert
 from lightning_robot.envs.opengl import make_renderer
 from lightning_robot.features import Features
 
@@ -153,6 +154,14 @@ class Aloha(Adapted):
             wants.append(kind)
         self.observations, self.camera_sizes = tuple(dict.fromkeys(wants)), sizes or self.camera_sizes
         self._declare_own()
+
+    def expert(self, random: np.random.Generator | None = None) -> Expert:
+        """The scripted expert for the task; its ``act()`` gives the action (14,) for the present step.
+
+        Args:
+            random: not needed: the expert is deterministic.
+        """
+        return Expert(self._physics.model.ptr, self._physics.data.ptr, self.task)
 
     @property
     def fingerprint(self) -> dict[str, str]:

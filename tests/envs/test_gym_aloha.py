@@ -87,3 +87,19 @@ def test_only_the_cameras_asked_for_are_drawn():
 def test_unknown_cameras_are_refused():
     with pytest.raises(ValueError, match="camera_sizes"):
         Aloha(camera_sizes={"wrist": 64})
+
+
+@installed
+@pytest.mark.parametrize("task", ["transfer_cube", "insertion"])
+def test_experts_solve_their_tasks(task):
+    env = Aloha(task, observations=["state"])
+    env.reset(seed=0)
+    expert = env.expert()
+    for _ in range(340):
+        action = expert.act()
+        assert env.action_space.contains(action)
+        _, _, terminated, _, info = env.step(action)
+        if terminated:
+            break
+    assert info["success"]
+    assert info["details"] == {"max_reward": 4.0}
