@@ -1,4 +1,4 @@
-"""`python -m lightning_robot generate STORE`: demonstrations from a scripted expert, into an episode store."""
+"""`python -m lightning_robot generate STORE`: demonstrations by an expert or a policy, as a store or a LeRobot dataset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ EXAMPLES = """examples:
   python -m lightning_robot generate data/play_table.zarr
   python -m lightning_robot generate data/doors.zarr --tasks open_drawer,move_slider_left --episodes-per-task 100 --noise 0.1
   python -m lightning_robot generate data/colors.zarr --scene A --points 2048 --colors --observations state,point_cloud,images
+  python -m lightning_robot generate data/so101 --format lerobot --env lightning_robot/SO101PickPlace-v0 --episodes-per-task 100
+  python -m lightning_robot generate data/more.zarr --env lightning_robot/SO101PickPlace-v0 --policy best.ckpt
 
 Run the same command again to continue after an interruption."""
 
@@ -20,17 +22,29 @@ def parser() -> argparse.ArgumentParser:
     """The command's own parser: it needs neither a Trainer nor torch."""
     result = argparse.ArgumentParser(
         "python -m lightning_robot generate",
-        description="Writes successful demonstrations of a scripted expert into an episode store.",
+        description="Writes successful demonstrations of a scripted expert or of a trained policy.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("store", metavar="STORE", help="folder to write, e.g. data/play_table.zarr")
+    result.add_argument(
+        "--format",
+        choices=("zarr", "lerobot"),
+        default="zarr",
+        help="an episode store, or a LeRobot v3.0 dataset (default zarr)",
+    )
+    result.add_argument(
+        "--pictures", choices=("av1", "h264", "png"), default="av1", help="of a LeRobot dataset: video or PNG (default av1)"
+    )
     result.add_argument("--env", default="lightning_robot/PlayTable-v0", help="environment (default %(default)s)")
     result.add_argument("--tasks", type=_names, help="comma-separated task ids (default: those the environment chooses)")
     result.add_argument("--episodes-per-task", type=int, default=25, help="demonstrations of each task (default %(default)s)")
     result.add_argument("--seed", type=int, default=0, help="seed of the first attempt; the next ones count up (default 0)")
     result.add_argument("--noise", type=float, default=0.0, help="noise on executed, not on recorded actions (default 0)")
+    result.add_argument(
+        "--noise-correlation", type=float, default=0.0, help="seconds over which the noise stays correlated (default 0: none)"
+    )
     result.add_argument("--hold", type=int, default=8, help="steps recorded after success (default %(default)s)")
     result.add_argument(
         "--encoder",
@@ -38,12 +52,15 @@ def parser() -> argparse.ArgumentParser:
         help="of the sentences: ours (default %(default)s), or a model of sentence-transformers (extra calvin)",
     )
     result.add_argument("--processes", type=int, help="worker processes (default: one per core)")
+    result.add_argument("--policy", metavar="CHECKPOINT", help="let this policy act instead of the expert")
+    result.add_argument("--weights", choices=("ema", "raw"), help="of the policy (default: averaged ones where there are any)")
+    result.add_argument("--device", default="cpu", help="where the policy computes (default cpu)")
     what = result.add_argument_group("the environment's own options (default: the environment's)")
     what.add_argument("--scene", help="scene of the play table: A, B, C or D")
     what.add_argument("--points", type=int, help="points of a cloud")
     what.add_argument("--colors", action="store_true", help="clouds with colours")
     what.add_argument("--observations", type=_names, help="what to record, e.g. state,point_cloud,images,depth")
-    what.add_argument("--camera-size", type=int, help="pixels of both cameras' pictures, square")
+    what.add_argument("--camera-size", type=int, help="pixels of the play table's pictures, square")
     what.add_argument("--actions", choices=("relative", "absolute"), help="form of the actions")
     what.add_argument("--env-kwargs", type=_mapping, default={}, help="further arguments of the environment, as JSON")
     return result
@@ -70,9 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             episodes_per_task=arguments.episodes_per_task,
             seed=arguments.seed,
             noise=arguments.noise,
+            noise_correlation=arguments.noise_correlation,
             hold=arguments.hold,
             encoder=arguments.encoder,
             processes=arguments.processes,
+            format=arguments.format,
+            pictures=arguments.pictures,
+            policy=arguments.policy,
+            weights=arguments.weights,
+            device=arguments.device,
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"generate: {error}", file=sys.stderr)

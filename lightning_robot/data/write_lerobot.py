@@ -124,7 +124,7 @@ class LeRobotWriter:
             raise StoreError(f"{self.path}: {len(sentences)} sentences for {length} frames.")
         tasks = np.array([self._tasks.setdefault(text, len(self._tasks)) for text in sentences], np.int64)
         frame = np.arange(length)
-        counters = {
+        counters: dict[str, np.ndarray] = {
             "timestamp": (frame / self.rate).astype(np.float32),
             "frame_index": frame,
             "episode_index": np.full(length, number),
@@ -202,8 +202,8 @@ class LeRobotWriter:
         if noted.exists() and (old := json.loads(noted.read_text())) != settings:
             different = [name for name in settings if old.get(name) != settings[name]]
             raise StoreError(
-                f"{self.partial} was begun with other settings ({', '.join(different)}). Give the same settings to continue, or "
-                "delete it to start afresh."
+                f"{self.partial} was begun with other settings ({', '.join(different)}). Give the same settings to "
+                "continue, or delete it to start afresh."
             )
         shutil.rmtree(self._dataset, ignore_errors=True)
         self._dataset.mkdir(parents=True)
@@ -307,7 +307,8 @@ class LeRobotWriter:
         """Of the data files, with the note from which the datasets library knows pictures and matrices."""
         import pyarrow as arrow
 
-        fields, noted = [], {}
+        fields: list[tuple[str, Any]] = []
+        noted: dict[str, dict[str, Any]] = {}
         for name, entry in self._described().items():
             dtype, shape = entry["dtype"], entry["shape"]
             if dtype == "video":
@@ -369,7 +370,7 @@ class LeRobotWriter:
         def column(name: str, kind: str, numpy: str) -> dict[str, Any]:
             return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
 
-        note = {
+        note: dict[str, Any] = {
             "index_columns": ["task"],
             "column_indexes": [],
             "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],

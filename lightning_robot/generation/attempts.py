@@ -1,4 +1,4 @@
-"""One attempted demonstration: an expert acts in an environment, and what was seen and commanded becomes one file.
+"""One attempted demonstration: somebody acts in an environment, and what was seen and commanded becomes one file.
 
 An environment from which demonstrations are generated offers, beside Gymnasium's API, on ``env.unwrapped``:
 
@@ -6,7 +6,7 @@ An environment from which demonstrations are generated offers, beside Gymnasium'
     fingerprint    dict of strings: simulator, version, scene, ...
     task_sentence(task) -> str              the sentence that the task is evaluated with
     task_paraphrases(task) -> tuple[str]    more sentences to train with; optional
-    expert(rng) -> object with act() -> action    a scripted expert for the task of the last reset
+    expert(rng) -> object with act() -> action    a scripted expert for the task of the last reset; not needed for a policy
 
 ``reset(seed=..., options={"task": ...})`` starts an episode, and ``info`` tells ``success`` and, at the end, ``failure``.
 """
@@ -20,7 +20,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -36,7 +36,7 @@ class Attempt:
     """What is known of an attempted episode beside its arrays.
 
     Attributes:
-        seed: fixes scene, expert, noise and sentence.
+        seed: fixes scene, demonstrator, noise and sentence.
         task: id of the task.
         text: sentence that the demonstration is labelled with.
         length: recorded steps.
@@ -54,7 +54,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Recording:
-    """What every attempt of a generation has in common, in plain values (it travels to worker processes)."""
+    """What every attempt of a generation has in common, in plain values (it travels to worker processes).
+
+    Attributes:
+        folder: where attempts are staged.
+        environment: id.
+        arguments: of its constructor.
+        noise, hold, noise_correlation: see `run_episode`.
+        policy: None for the environment's expert, else arguments of `lightning_robot.generation.by_policy.PolicyDemonstrator`.
+    """
 
     folder: str
     environment: str
@@ -62,17 +70,61 @@ class Recording:
     noise: float
     hold: int
     noise_correlation: float = 0.0
+    policy: dict[str, Any] | None = None
 
     def make(self) -> gymnasium.Env:
+        """An environment as the demonstrator needs it."""
         return make_environment(self.environment, **self.arguments)
+
+    def demonstrator(self) -> Demonstrator:
+        """Who acts."""
+        if self.policy is None:
+            return ScriptedExpert()
+        from lightning_robot.generation.by_policy import PolicyDemonstrator  # torch, which experts do without
+
+        return PolicyDemonstrator(**self.policy)
+
+
+class Demonstrator(Protocol):
+    """Who acts in the environments of a generation."""
+
+    def prepare(self, env: gymnasium.Env) -> None:
+        """Called once for every environment."""
+
+    def begin(self, env: gymnasium.Env, seed: int) -> None:
+        """Called after a reset."""
+
+    def act(self, observation: dict[str, Any], elapsed: int) -> np.ndarray:
+        """(A,) the command for an observation, `elapsed` steps after the reset."""
+
+
+class ScriptedExpert:
+    """The environment's own expert."""
+
+    def prepare(self, env: gymnasium.Env) -> None:
+        pass
+
+    def begin(self, env: gymnasium.Env, seed: int) -> None:
+        source: Any = env.unwrapped
+        self._expert = source.expert(np.random.default_rng((seed, _EXPERT)))
+
+    def act(self, observation: dict[str, Any], elapsed: int) -> np.ndarray:
+        return self._expert.act()
 
 
 def run_episode(
-    env: gymnasium.Env, task: str, seed: int, *, noise: float = 0.0, hold: int = 0, noise_correlation: float = 0.0
+    env: gymnasium.Env,
+    task: str,
+    seed: int,
+    *,
+    noise: float = 0.0,
+    hold: int = 0,
+    noise_correlation: float = 0.0,
+    demonstrator: Demonstrator | None = None,
 ) -> tuple[Attempt, dict[str, np.ndarray]]:
-    """Lets the environment's expert attempt a task once.
+    """Lets an expert or a policy attempt a task once.
 
-    Step t holds the observation and the expert's command for it. With `noise` the command is executed with Gaussian noise
+    Step t holds the observation and the command for it. With `noise` the command is executed with Gaussian noise
     and recorded without it, so that demonstrations show how to come back to the path (DART: Laskey et al., "DART: Noise
     Injection for Robust Imitation Learning", 2017).
 
@@ -81,8 +133,9 @@ def run_episode(
         task: id of the task.
         seed: of the episode.
         noise: standard deviation in the units of the action; grippers are left alone.
-        hold: steps recorded after success, for which the expert carries its motion through.
+        hold: steps recorded after success, for which the motion is carried through.
         noise_correlation: seconds over which the noise stays correlated; 0 draws it anew at every step.
+        demonstrator: who acts; the environment's expert when None.
 
     Returns:
         The attempt, and per batch key an array (length, ...) of the dtype that the environment's features name.
@@ -90,13 +143,18 @@ def run_episode(
     source: Any = env.unwrapped
     features = source.features
     observation, info = env.reset(seed=seed, options={"task": task})
-    expert = source.expert(np.random.default_rng((seed, _EXPERT)))
+    demonstrator = demonstrator or ScriptedExpert()
+    demonstrator.begin(env, seed)
     disturbance = Disturbance(features, noise, noise_correlation, np.random.default_rng((seed, _NOISE)))
     steps: list[tuple[dict[str, Any], np.ndarray]] = []
     success, remaining = False, hold
     while True:
-        command = np.array(expert.act(), dtype=features.action.dtype)
-        steps.append(({key: np.array(observation[key]) for key in features.observations}, command))
+        # a copy: an environment may write its next observation into the same arrays
+        seen = {key: value if isinstance(value, str) else np.array(value) for key, value in observation.items()}
+        command = np.array(demonstrator.act(seen, len(steps)), dtype=features.action.dtype)
+        if not np.isfinite(command).all():
+            raise ValueError("an action is not finite")
+        steps.append(({key: seen[key] for key in features.observations}, command))
         executed = command
         if noise > 0:
             executed = command + disturbance.next().astype(command.dtype)
@@ -161,7 +219,8 @@ def task_texts(env: gymnasium.Env, task: str) -> tuple[str, ...]:
     """
     source: Any = env.unwrapped
     paraphrases = source.task_paraphrases(task) if hasattr(source, "task_paraphrases") else ()
-    return (source.task_sentence(task), *paraphrases)
+    sentence = source.task_sentence(task) if hasattr(source, "task_sentence") else task.replace("_", " ")
+    return (sentence, *(text for text in paraphrases if text != sentence))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------
@@ -208,11 +267,19 @@ def _read_array(file: IO[bytes]) -> np.ndarray:
 # --- the work, here or in a worker process ---------------------------------------------------------------------------------
 
 
-def attempt_episode(env: gymnasium.Env, recording: Recording, task: str, seed: int) -> Attempt:
+def attempt_episode(
+    env: gymnasium.Env, recording: Recording, task: str, seed: int, demonstrator: Demonstrator | None = None
+) -> Attempt:
     """Runs and stages one episode. An exception inside it makes a failed attempt, named after the exception."""
     try:
         attempt, arrays = run_episode(
-            env, task, seed, noise=recording.noise, hold=recording.hold, noise_correlation=recording.noise_correlation
+            env,
+            task,
+            seed,
+            noise=recording.noise,
+            hold=recording.hold,
+            noise_correlation=recording.noise_correlation,
+            demonstrator=demonstrator,
         )
     except (MemoryError, OSError):  # trouble of the machine, not of the episode: another time it may go well
         raise
@@ -232,11 +299,13 @@ def serve(descriptor: int) -> None:
     connection: Connection = Connection(descriptor)
     try:
         recording = Recording(**connection.recv())
+        demonstrator = recording.demonstrator()
         env = recording.make()
+        demonstrator.prepare(env)
         while True:
             task, seed = connection.recv()
             try:
-                answer: Attempt | OSError = attempt_episode(env, recording, task, seed)
+                answer: Attempt | OSError = attempt_episode(env, recording, task, seed, demonstrator)
             except FileNotFoundError:
                 raise
             except OSError as error:  # a full disk: another worker would meet it too

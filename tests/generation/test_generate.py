@@ -143,6 +143,83 @@ def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path):
     assert not partial.exists()
 
 
+def test_a_lerobot_dataset_is_written_and_verified(tmp_path, capsys):
+    from lightning_robot.data.lerobot_folder import LeRobotFolder
+
+    settings = {**SETTINGS, "format": "lerobot", "pictures": "png"}
+    path = generate(tmp_path / "reach", **settings)
+    assert "Verified: 10 episodes" in capsys.readouterr().out
+    folder, store = LeRobotFolder.open(path), EpisodeStore.open(generate(tmp_path / "reach.zarr", **SETTINGS))
+    np.testing.assert_array_equal(folder.episode_ends, store.episode_ends)
+    for key in store.keys:
+        np.testing.assert_array_equal(folder.gather(key, np.arange(store.num_frames)), store.read(key, slice(None)))
+    texts = [store.language["texts"][row] for row in store.segments[:, 2]]
+    assert [folder.language["texts"][folder.frame_texts[start]] for start in folder.episode_starts] == texts
+    generate(path, **settings)
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(GenerationError, match="output 'lerobot png' there, 'lerobot av1' asked for"):
+        generate(path, **settings | {"pictures": "av1"})
+    generate(tmp_path / "two" / "reach", **settings | {"processes": 2})
+    assert _hashes(tmp_path / "two" / "reach") == _hashes(path)
+
+
+def test_video_of_play_table_survives_a_kill_while_encoding(tmp_path, monkeypatch, capsys):
+    from lightning_robot.data import write_lerobot
+
+    settings = {
+        "tasks": ("open_drawer",),
+        "episodes_per_task": 2,
+        "format": "lerobot",
+        "processes": 1,
+        "env_kwargs": {"observations": ("state", "images"), "camera_sizes": {"static": 64, "gripper": 64}},
+    }
+    whole = generate(tmp_path / "whole", **settings)
+    assert "pictures within" in capsys.readouterr().out
+    original, clips = write_lerobot.write_clip, []
+
+    def interrupted(path, *rest):
+        original(path, *rest)
+        clips.append(path)
+        if len(clips) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(write_lerobot, "write_clip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "cut", **settings)
+    generate(tmp_path / "cut", **settings)
+    assert len(clips) == 4, "three of four clips were there"
+    assert _hashes(tmp_path / "cut") == _hashes(whole)
+
+
+def test_what_is_not_read_back_is_said(tmp_path, monkeypatch):
+    from lightning_robot.data.store import StoreWriter
+
+    original = StoreWriter.append
+
+    def damaged(self, blocks):
+        original(self, {**blocks, "action": blocks["action"] + np.float32(1e-3)})
+
+    monkeypatch.setattr(StoreWriter, "append", damaged)
+    with pytest.raises(GenerationError, match="action of frame 0 is not what was written"):
+        generate(tmp_path / "reach.zarr", **SETTINGS)
+
+
+def test_correlated_noise_keeps_its_deviation():
+    from lightning_robot.features import Feature, Features
+    from lightning_robot.generation.attempts import Disturbance
+
+    action = Feature((2,), kinds=("direction", "gripper"))
+    features = Features({}, action, control_rate=30.0)
+    noise = Disturbance(features, 0.5, 0.25, np.random.default_rng(0))
+    values = np.array([noise.next() for _ in range(20000)])
+    assert (values[:, 1] == 0).all(), "grippers are left alone"
+    assert values[:, 0].std() == pytest.approx(0.5, rel=0.1)
+    centred = values[:, 0] - values[:, 0].mean()
+    lag = round(0.25 * 30)
+    correlation = (centred[lag:] * centred[:-lag]).mean() / centred.var()
+    assert correlation == pytest.approx(np.exp(-lag / 7.5), abs=0.1)
+
+
 def test_an_interrupted_packing_continues(tmp_path, monkeypatch):
     expected = generate(tmp_path / "whole" / "reach.zarr", **SETTINGS)
     store = tmp_path / "cut" / "reach.zarr"
@@ -210,7 +287,7 @@ def test_other_settings_are_refused(tmp_path):
         generate(store, **{**SETTINGS, "episodes_per_task": 6, "noise": 0.1})
     assert _hashes(store) == before
     (tmp_path / "other").mkdir()
-    with pytest.raises(GenerationError, match="is not a store of generated demonstrations"):
+    with pytest.raises(GenerationError, match="does not hold generated demonstrations"):
         generate(tmp_path / "other", **SETTINGS)
 
     folder = tmp_path / "unfinished.zarr.partial" / "episodes"
