@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 TOOL = 0.135  # m from the gripper's link to between its fingers
 MEETING = np.array([0.0, 0.5, 0.25])  # m, where the cube changes hands
 STEEP = np.deg2rad(60)  # from the horizontal, at which things are picked up
+LOWEST = 0.02  # m, of the tool above the table: a finger's tips reach below it
 OPEN, CLOSED = 1.0, 0.0
 _GAIN, _MOST = 0.04, 0.04  # per step, and m: correction of where the tool stays behind
 
@@ -181,11 +182,13 @@ class Expert:
 
 def _pick(place: Array, turn: Array, thing: str | None) -> list[Waypoint]:
     """From above down to what lies there, and a firm grip."""
+    grip = np.array([*place[:2], max(place[2], LOWEST)])
     return [
         Waypoint(70, _beside(place, 0.0, 0.10), turn, OPEN),
-        Waypoint(100, place, turn, OPEN),
-        Waypoint(115, place, turn, OPEN),
-        Waypoint(135, place, turn, CLOSED, thing),
+        Waypoint(100, grip, turn, OPEN),
+        Waypoint(115, grip, turn, OPEN),
+        Waypoint(135, grip, turn, CLOSED),
+        Waypoint(145, _beside(place, 0.0, 0.01), turn, CLOSED, thing),
     ]
 
 
