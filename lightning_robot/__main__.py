@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "simulate a checkpoint: success with interval, failures, videos",
     "convert": "convert recorded data to an episode store",
     "generate": "record demonstrations in a simulator",
+    "inspect": "a dataset at a glance: episodes, ranges, pictures, defects",
 }
 
 EXAMPLES = """\

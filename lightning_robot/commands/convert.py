@@ -1,4 +1,4 @@
-"""``convert``: recordings of others -> an episode store; a checkpoint -> LeRobot's form."""
+"""``convert``: recordings of others -> an episode store; a store or a checkpoint -> LeRobot's form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_robot convert",
-        description="Converts recordings to an episode store, or a checkpoint to LeRobot's form.",
+        description="Converts recordings to an episode store, or a store or a checkpoint to LeRobot's form.",
         allow_abbrev=False,
     )
     formats = parser.add_subparsers(title="formats", required=True, metavar="FORMAT")
@@ -82,7 +82,37 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("checkpoint", metavar="CHECKPOINT", help="e.g. runs/latest/checkpoints/best.ckpt")
     policy.add_argument("folder", metavar="FOLDER", help="where LeRobot's checkpoint will be")
     policy.add_argument("--weights", choices=("ema", "raw"), default=None, help="averaged if there are any, if not given")
+    lerobot = formats.add_parser(
+        "lerobot",
+        help="an episode store, to a LeRobot v3.0 dataset",
+        description="Writes a LeRobot dataset with every episode of a store. An interrupted conversion continues when the same "
+        "command is run again. At the end some frames are read back.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    lerobot.set_defaults(run=_lerobot)
+    lerobot.add_argument("store", metavar="STORE", help="an episode store, e.g. data/so101.zarr")
+    lerobot.add_argument("folder", metavar="FOLDER", help="where the dataset will be")
+    lerobot.add_argument("--pictures", choices=("av1", "h264", "png"), default="av1", help="video, or PNG in the parquet files")
+    lerobot.add_argument("--rate", type=int, help="frames per second, where the store does not say")
+    lerobot.add_argument("--robot", help="name of the robot")
     return parser
+
+
+def _lerobot(store: str, folder: str, pictures: str, rate: int | None, robot: str | None) -> int:
+    from lightning_robot.console import counted, say
+    from lightning_robot.data.convert_lerobot import convert_to_lerobot
+
+    try:
+        dataset, outcome = convert_to_lerobot(store, folder, pictures=pictures, rate=rate, robot=robot)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"convert lerobot: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("convert lerobot: interrupted; the same command continues.", file=sys.stderr)
+        return 130
+    say(f"{dataset.path}: {counted(dataset.num_frames, 'frame')}, {counted(dataset.num_episodes, 'episode')}. {outcome}")
+    return 0
 
 
 def _lerobot_policy(checkpoint: str, folder: str, weights: Any) -> int:

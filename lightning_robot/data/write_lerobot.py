@@ -138,13 +138,13 @@ class LeRobotWriter:
                 columns[key] = values = np.asarray(arrays[key], np.float32)
                 summaries[key] = _Values(values.reshape(length, -1, values.shape[-1] if values.ndim > 1 else 1))
                 continue
-            stored = _millimetres(arrays[key]) if _is_depth(key) else np.asarray(arrays[key], np.uint8)
+            stored = self._as_stored(key, arrays[key])
             summaries[key] = _Histogram(stored)
             if self.pictures == "png":
                 columns[key] = stored
             elif not (clip := self._clip(key, number)).exists():
                 if _is_depth(key):
-                    write_clip(clip, depth_codes(arrays[key]), self.rate, DEPTH_ENCODING)
+                    write_clip(clip, depth_codes(stored / 1000), self.rate, DEPTH_ENCODING)
                 else:
                     write_clip(clip, stored, self.rate, ENCODINGS[self.pictures])
         summaries |= {name: _Values(values.reshape(length, 1, 1)) for name, values in counters.items()}
@@ -193,6 +193,15 @@ class LeRobotWriter:
         return self.path
 
     # Below: private.
+
+    def _as_stored(self, key: str, frames: np.ndarray) -> np.ndarray:
+        """Colour as it is, depth in whole millimetres; video holds depth up to 10 m, and statistics are of what it holds."""
+        if not _is_depth(key):
+            return np.asarray(frames, np.uint8)
+        frames = np.nan_to_num(frames, nan=0.0, posinf=np.inf)
+        if self.pictures != "png":
+            frames = np.clip(frames, DEPTH.low, DEPTH.high)
+        return np.clip(np.rint(1000 * frames.astype(np.float64)), 0, 65535).astype(np.uint16)
 
     def _begin(self) -> None:
         """Takes up the clips of an interrupted writer with the same settings; all else is written again, it takes no time."""
@@ -512,10 +521,6 @@ def _is_picture(key: str) -> bool:
 
 def _is_depth(key: str) -> bool:
     return key.startswith("observation.depth.")
-
-
-def _millimetres(metres: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(1000 * metres.astype(np.float64)), 0, 65535).astype(np.uint16)
 
 
 def _png(pixels: np.ndarray) -> bytes:
