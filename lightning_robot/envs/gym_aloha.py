@@ -9,6 +9,7 @@ Source: "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware" (Zh
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -77,20 +78,22 @@ class Aloha(Adapted):
         for name in self.camera_sizes:
             among("camera_sizes", name, CAMERAS)
         self.observations, self._shadows = tuple(observations), shadows
-        super().__init__(
-            f"gym_aloha/{TASKS[task][0]}-v0",
-            {"obs_type": "pixels_agent_pos", "render_mode": "rgb_array"},
-            maxima=("reward",),
-            task=task,
-            sentence=TASKS[task][1],
-            state="agent_pos",
-            state_names=_NAMES,
-            action_names=_NAMES,
-            action_semantics="absolute; commanded; joints radians; gripper 0 closed 1 open",
-            action_bounds=_LIMITS,
-            control_rate=50.0,
-            max_steps=max_steps,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dm_control looks for a display first, and says when there is none
+            super().__init__(
+                f"gym_aloha/{TASKS[task][0]}-v0",
+                {"obs_type": "pixels_agent_pos", "render_mode": "rgb_array"},
+                maxima=("reward",),
+                task=task,
+                sentence=TASKS[task][1],
+                state="agent_pos",
+                state_names=_NAMES,
+                action_names=_NAMES,
+                action_semantics="absolute; commanded; joints radians; gripper 0 closed 1 open",
+                action_bounds=_LIMITS,
+                control_rate=50.0,
+                max_steps=max_steps,
+            )
         self.render_mode = render_mode
         self._inner: Any = self._env.unwrapped
         self._physics = self._inner._env.physics
