@@ -140,6 +140,7 @@ class ACTTranslation(Translation):
         refuse(
             {
                 "observations without a camera and without observation.environment_state": keys == (STATE,),
+                "use_depth": bool(options["use_depth"]),
                 f"backbone_stages: {options['backbone_stages']}": pictures and options["backbone_stages"] != 4,
                 f"backbone_norm: {options['backbone_norm']}": pictures and options["backbone_norm"] != "frozen_batch",
                 f"dilate_backbone with {name}": dilates and name in ("resnet18", "resnet34"),
