@@ -24,7 +24,7 @@ SMALL = {
 SMALL_MODEL = {
     "SimpleDP3": {"down_dims": [16, 32, 64]},
     "DP3": {"down_dims": [16, 32, 64]},
-    "DiffusionPolicy": {"down_dims": [16, 32, 64], "backbone": "resnet10t", "denoising_steps": 2},
+    "DiffusionPolicy": {"down_dims": [16, 32, 64], "backbone": "resnet10t", "denoising_steps": 2, "crop": 0.8},
     "ACT": {"hidden_size": 32, "heads": 2, "feedforward_size": 32, "encoder_layers": 1, "posterior_layers": 1}
     | {"backbone": "resnet10t", "backbone_norm": "group", "pretrained": False},
 }
@@ -123,7 +123,10 @@ def _run(tmp_path, request, base, *overlays) -> Path:
         evaluation = {"episodes": 0}  # the folder is of another robot than the configuration's simulator
     if any(overlay.stem == "profile" for overlay in overlays):
         evaluation = {}
-    small.write_text(yaml.safe_dump(SMALL | {"model": model, "evaluation": evaluation}))
+    trainer = dict(SMALL["trainer"])
+    if "val_check_interval" in content["trainer"]:  # counts in steps, not in epochs
+        trainer = {"max_steps": 2, "limit_val_batches": 1, "val_check_interval": 2}
+    small.write_text(yaml.safe_dump(SMALL | {"model": model, "trainer": trainer, "evaluation": evaluation}))
     options = [*_data_options(base, request), "--data.validation_ratio=0.25"]
     configs = [option for file in (base, small, *overlays) for option in ("--config", str(file))]
     if any(overlay.stem == "profile" for overlay in overlays):
