@@ -11,9 +11,9 @@ TRAINER_COMMANDS = {
     "predict": "action chunks of a checkpoint for the validation data, into a file",
 }
 COMMANDS = {
-    "evaluate": "simulate a checkpoint: success with interval, failures, videos",
-    "convert": "convert recorded data to an episode store",
-    "generate": "record demonstrations in a simulator",
+    "evaluate": "success in simulation: of a checkpoint, of a sweep, or of two side by side",
+    "convert": "convert recordings, stores and checkpoints",
+    "generate": "record demonstrations of an expert or a policy in a simulator",
     "inspect": "a dataset at a glance: episodes, ranges, pictures, defects",
 }
 
