@@ -103,7 +103,9 @@ def generate(
                 demonstrator = PolicyDemonstrator(**acting)
                 tasks = demonstrator.choose_tasks(env, dict(env_kwargs or {}), tasks)
                 demonstrator.prepare(example)
-            except (ValueError, RuntimeError, OSError) as error:
+            except OSError as error:
+                raise GenerationError(str(error)) from error
+            except (ValueError, RuntimeError) as error:
                 raise GenerationError(f"{policy}: {error}") from error
         elif not hasattr(source, "expert"):
             raise GenerationError(
