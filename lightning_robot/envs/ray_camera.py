@@ -27,9 +27,10 @@ class RayCamera:
     Geoms of group 0 must never move, those of group 1 may; others are not seen. A camera that is fixed to the world casts
     group 0 only once.
 
-    The picture is cast in tiles, each with the geoms whose bounds reach into it. MuJoCo's own culling is switched off: it
-    bounds a geom by the spherical angles of its box's corners, and through a wide box near the camera it sees holes (3.3) or
-    loses single pixels at edges (3.5).
+    The picture is cast in tiles, each with the geoms whose bounds reach into it. MuJoCo's own culling is switched off. It
+    bounds a geom by the spherical angles of its box's corners: through a wide box near the camera it sees holes (3.3) or
+    loses single pixels at edges (3.5). And it bounds a body by a sphere whose centre it adds to the centre of mass without
+    turning it (3.3): parts of a body with an inertia of its own vanish while it turns.
 
     Args:
         model: the compiled model.
@@ -54,7 +55,7 @@ class RayCamera:
         self._lamp_is_carried = lamp is None
         self._colors_of = model
         self._model = copy.copy(model)
-        self._model.geom_aabb[:, 3:] = 1e6  # every ray starts inside: nothing is culled
+        self._model.body_bvhadr[:] = -1  # no bounding volumes: nothing is culled
         self._id = model.camera(name).id
         self.camera = Camera(name, width, height, float(model.cam_fovy[self._id]), near, far)
         self._moving = model.geom_group == 1

@@ -124,7 +124,7 @@ _SHAPES: dict[str, tuple[_Shape, ...]] = {
     "gripper": (((0.0325, 0.024, 0.0215), (-0.0025, 0, -0.0215), _STRAIGHT),),
     "moving_jaw": (((0.01, 0.012, 0.0165), (0, -0.010, 0.019), _STRAIGHT),),
 }
-# Jaws as they look: tapered, in two pieces each.
+# Jaws as they look: tapered, in two pieces each. They are seen, not felt.
 _JAWS: dict[str, tuple[_Shape, ...]] = {
     "gripper": (
         ((0.0085, 0.010, 0.020), (-0.0235, 0, -0.060), _STRAIGHT),
@@ -134,6 +134,22 @@ _JAWS: dict[str, tuple[_Shape, ...]] = {
         ((0.0060, 0.020, 0.0085), (0.0000, -0.038, 0.0190), _STRAIGHT),
         ((0.0040, 0.0125, 0.0050), (-0.0070, -0.0695, 0.0189), _STRAIGHT),
     ),
+}
+# Motors and brackets at the joints, seen alone: ends of a cylinder's axis and its radius; motors are dark.
+_JOINT_COVERS: dict[str, tuple[tuple[str, tuple[float, float, float], tuple[float, float, float], float], ...]] = {
+    "shoulder": (
+        ("motor", (-0.0304, -0.024, -0.0542), (-0.0304, 0.024, -0.0542), 0.019),
+        ("link", (-0.0304, 0, -0.0542), (-0.0304, 0, -0.03), 0.017),
+    ),
+    "upper_arm": (
+        ("link", (-0.0900, 0, 0.0182), (-0.1126, -0.028, 0.0182), 0.013),
+        ("motor", (-0.1126, -0.028, -0.006), (-0.1126, -0.028, 0.042), 0.016),
+    ),
+    "lower_arm": (
+        ("link", (-0.1100, 0.003, 0.0182), (-0.1349, 0.0052, 0.0182), 0.013),
+        ("motor", (-0.1349, 0.0052, -0.006), (-0.1349, 0.0052, 0.042), 0.016),
+    ),
+    "wrist": (("motor", (0, -0.030, 0.0181), (0, -0.0611, 0.0181), 0.016),),
 }
 # Pads as they are felt: half sizes and position.
 _PADS: dict[str, tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...]] = {
@@ -169,6 +185,11 @@ def _box(kind: str, shape: _Shape) -> str:
     return f'<geom class="{kind}" type="box" size="{_vector(size)}" pos="{_vector(position)}" quat="{_vector(quaternion)}"/>'
 
 
+def _cover(kind: str, start: Sequence[float], end: Sequence[float], radius: float) -> str:
+    color = ' rgba="0.2 0.2 0.22 1"' if kind == "motor" else ""
+    return f'<geom class="seen" type="cylinder" fromto="{_vector((*start, *end))}" size="{radius}"{color}/>'
+
+
 def arm_body(shapes: bool = True) -> str:
     """MJCF of the arm, base fixed at the origin.
 
@@ -195,7 +216,8 @@ def arm_body(shapes: bool = True) -> str:
             parts.append(f'<camera name="wrist" pos="{_vector(place)}" euler="{_vector(turn)}" fovy="{view}"/>')
         kind = "motor" if link.name in ("wrist", "gripper", "moving_jaw") else "link"
         parts.extend(_box(kind, shape) for shape in _SHAPES[link.name])
-        parts.extend(_box("jaw", shape) for shape in _JAWS.get(link.name, ()))
+        parts.extend(_box("seen", shape) for shape in _JAWS.get(link.name, ()))
+        parts.extend(_cover(*cover) for cover in _JOINT_COVERS.get(link.name, ()))
         for number, (size, position) in enumerate(_PADS.get(link.name, ())):
             parts.append(
                 f'<geom name="{link.name}_pad_{number}" class="pad" size="{_vector(size)}" pos="{_vector(position)}"/>'
@@ -236,7 +258,7 @@ def scene_xml(physics: Physics) -> str:
     <default class="foot"><geom group="0" contype="1" conaffinity="0" friction="0.5" rgba="0.93 0.76 0.16 1"/></default>
     <default class="link"><geom group="1" contype="2" conaffinity="1" friction="0.3" rgba="0.93 0.76 0.16 1"/></default>
     <default class="motor"><geom group="1" contype="2" conaffinity="1" friction="0.3" rgba="0.2 0.2 0.22 1"/></default>
-    <default class="jaw"><geom group="1" contype="0" conaffinity="0" rgba="0.93 0.76 0.16 1"/></default>
+    <default class="seen"><geom group="1" contype="0" conaffinity="0" rgba="0.93 0.76 0.16 1"/></default>
     <default class="pad"><geom group="3" type="box" contype="2" conaffinity="1" condim="4" friction="{friction}" mass="0"
       priority="1" rgba="0.3 0.3 0.3 0.5"/></default>
     <default class="bowl"><geom group="0" type="box" contype="1" conaffinity="0" friction="0.3"

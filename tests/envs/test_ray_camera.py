@@ -10,6 +10,7 @@ import pytest
 
 from lightning_robot.envs.play_table import SEGMENTS, PlayTable
 from lightning_robot.envs.ray_camera import RayCamera
+from lightning_robot.envs.so101 import SO101PickPlace
 from lightning_robot.geometry import CALVIN_STATIC_POSE, calvin_gripper_pose
 
 
@@ -23,9 +24,25 @@ def table():
     return table
 
 
-@pytest.mark.parametrize("name", ["static", "gripper", "overview"])
-def test_agrees_with_single_rays(table, name):
-    model, data = table._model, table._data
+@pytest.fixture
+def arm():
+    """Lifting the block: every link has turned, and their centres of mass lie beside their shapes."""
+    arm = SO101PickPlace(observations=("state",))
+    arm.reset(seed=3)
+    expert = arm.expert()
+    for _ in range(100):
+        arm.step(expert.act())
+    mujoco.mj_camlight(arm._model, arm._data)
+    return arm
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [("table", "static"), ("table", "gripper"), ("table", "overview"), ("arm", "overhead"), ("arm", "overview"), ("arm", "wrist")],
+)
+def test_agrees_with_single_rays(request, environment, name):
+    scene = request.getfixturevalue(environment)
+    model, data = scene._model, scene._data
     view = RayCamera(model, name, 40, 52)
     depth, geom = view.cast(data)
     pose = view.pose(data)
