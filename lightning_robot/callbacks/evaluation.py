@@ -255,7 +255,7 @@ class SimulationEvaluation(Callback):
         tasks = sorted({episode.task for episode in plan if episode.task is not None})
         for name, task in [("val/success", None), *((f"val/success/{task}", task) for task in tasks)]:
             rate = SuccessRate().to(pl_module.device)
-            outcomes = [record.success for record in share.records if task is None or record.task == task]
+            outcomes = [record.success for record in share.counted if task is None or record.task == task]
             rate.update(torch.tensor(outcomes, dtype=torch.bool))
             pl_module.log(name, rate.compute(), prog_bar=task is None, sync_dist=True, batch_size=1)
 

@@ -257,7 +257,7 @@ def report(result: EvaluationResult) -> None:
     from lightning_robot.evaluation.outcomes import milestone_sentence
 
     print_tables(result.table(), result.outcome_table())
-    reached = milestone_sentence(result.records)
+    reached = milestone_sentence(result.counted)
     for sentence in [*([reached] if reached else []), *described_settings(result), *result.warnings()]:
         print(sentence)
     steps = sum(record.steps for record in result.records)

@@ -212,8 +212,8 @@ def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = (
     Raises:
         NotPaired: they did not play the same episodes: other seeds or tasks, or another environment.
     """
-    played_a = {(row.seed, row.task): row.success for row in a.records}
-    played_b = {(row.seed, row.task): row.success for row in b.records}
+    played_a = {(row.seed, row.task): row.success for row in a.counted}
+    played_b = {(row.seed, row.task): row.success for row in b.counted}
     if not played_a or not played_b:
         raise ValueError("There is nothing to compare: an evaluation holds no episode.")
     where_a, where_b = a.settings.get("environment"), b.settings.get("environment")
@@ -244,7 +244,7 @@ def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = (
 
 def compare_unpaired(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = ("A", "B")) -> Comparison:
     """Compares two policies that played different episodes, drawn alike: needs more of them for the same certainty."""
-    if not a.records or not b.records:
+    if not a.counted or not b.counted:
         raise ValueError("There is nothing to compare: an evaluation holds no episode.")
     numbers = (a.successes, a.episodes, b.successes, b.episodes)
     notes = differences(a, b, names)

@@ -7,17 +7,19 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from lightning_robot.console import counted
 from lightning_robot.evaluation import outcomes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-RESULT_FORMAT = 1
+RESULT_FORMAT = 2
+SOLVED_AT_RESET = "solved_at_reset"  # what an episode is called whose task was solved before the first action
 
 
 def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -56,8 +58,9 @@ class EpisodeRecord:
             success.
         steps: control steps taken; after success the step of the success.
         total_reward: sum of rewards (the return).
-        success_at_reset: the environment reported success before the first action: the policy did nothing for it.
-        start_state: hash of the first observation.
+        success_at_reset: the environment reported success before the first action. Such an episode ends there and counts
+            neither as success nor as failure.
+        start_state: digest of the start state; ``start_states_told_by`` of the settings says what it was taken from.
         queries: chunks asked of the policy.
         steps_out_of_bounds: steps whose action lay outside the environment's bounds by more than a tenth of their range; what
             it does with them is the environment's affair.
@@ -111,12 +114,15 @@ class EvaluationResult:
     Attributes:
         records: one per episode, sorted by seed.
         settings: everything that the table depends on beside the checkpoint: environment, its arguments, step limit, execution
-            horizon, ensembling, post-processing, inference batch, threads, device, library versions. No process count, no path.
-        fingerprints: of ``checkpoint``, ``simulator`` and ``renderer``, and what else the environment names.
+            horizon, ensembling, post-processing, inference batch, threads, device, library versions, seeds and what they are
+            for. No process count, no path.
+        fingerprints: of ``checkpoint``, ``statistics``, ``configuration``, ``simulator``, ``scene`` and ``renderer``, and what
+            else the environment names.
         notes: differences between training and evaluation that do not prevent acting.
         times: one per episode, sorted by seed.
         seconds: wall time of the whole evaluation.
         processes: number of processes that stepped environments.
+        unchecked: what could not be checked, because the checkpoint or the environment does not say it.
     """
 
     records: list[EpisodeRecord]
@@ -126,6 +132,7 @@ class EvaluationResult:
     times: list[EpisodeTimes] = field(default_factory=list)
     seconds: float = 0.0
     processes: int = 0
+    unchecked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.records = sorted(self.records, key=lambda row: (row.seed, row.task or ""))
@@ -142,23 +149,30 @@ class EvaluationResult:
             settings=first.settings,
             fingerprints=first.fingerprints,
             notes=first.notes,
+            unchecked=first.unchecked,
             times=[times for part in parts for times in part.times],
             seconds=max(part.seconds for part in parts),
             processes=sum(part.processes for part in parts),
         )
 
     @property
+    def counted(self) -> list[EpisodeRecord]:
+        """The episodes that count: those that were not solved before the policy did anything."""
+        return [record for record in self.records if not record.success_at_reset]
+
+    @property
     def episodes(self) -> int:
-        return len(self.records)
+        """Number of episodes that count."""
+        return len(self.counted)
 
     @property
     def successes(self) -> int:
-        return sum(record.success for record in self.records)
+        return sum(record.success for record in self.counted)
 
     @property
     def success_rate(self) -> float:
         """Share of successful episodes, NaN without an episode."""
-        return self.successes / self.episodes if self.records else math.nan
+        return self.successes / self.episodes if self.episodes else math.nan
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Wilson's interval of the success rate."""
@@ -171,7 +185,7 @@ class EvaluationResult:
 
     def failures(self) -> dict[str, int]:
         """How often each failure happened, most frequent first."""
-        counts = Counter(record.outcome for record in self.records if not record.success)
+        counts = Counter(record.outcome for record in self.counted if not record.success)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     @property
@@ -182,22 +196,25 @@ class EvaluationResult:
     def summary(self) -> dict[str, Any]:
         """Plain containers, the same for every repetition."""
         low, high = self.interval()
-        steps = sum(record.steps for record in self.records)
-        solved = [record.steps for record in self.records if record.success]
+        rows = self.counted
+        steps = sum(record.steps for record in rows)
+        solved = [record.steps for record in rows if record.success]
         return {
             "episodes": self.episodes,
             "successes": self.successes,
             "success_rate": _plain(self.success_rate),
             "interval_95": [low, high],
+            "interval_method": "Wilson score",
             "failures": self.failures(),
-            "mean_steps": _plain(_mean([record.steps for record in self.records])),
+            "mean_steps": _plain(_mean([record.steps for record in rows])),
             "mean_steps_of_successes": _plain(_mean(solved)),
-            "mean_total_reward": _plain(_mean([record.total_reward for record in self.records])),
-            "distinct_start_states": len({record.start_state for record in self.records}),
+            "mean_total_reward": _plain(_mean([record.total_reward for record in rows])),
+            "played": len(self.records),
+            "distinct_start_states": len({record.start_state for record in self.records if record.start_state}),
             "successes_true_at_reset": sum(record.success_at_reset for record in self.records),
-            "share_out_of_bounds": sum(record.steps_out_of_bounds for record in self.records) / steps if steps else 0.0,
+            "share_out_of_bounds": sum(record.steps_out_of_bounds for record in rows) / steps if steps else 0.0,
             "errors": len(self.errors),
-            **outcomes.summarize(self.records),
+            **outcomes.summarize(rows),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,6 +226,8 @@ class EvaluationResult:
             "settings": self.settings,
             "fingerprints": dict(sorted(self.fingerprints.items())),
             "notes": self.notes,
+            "warnings": self.warnings(),
+            "unchecked": self.unchecked,
             "episodes": [asdict(record) for record in self.records],
         }
 
@@ -222,10 +241,15 @@ class EvaluationResult:
     @classmethod
     def from_json(cls, text: str) -> EvaluationResult:
         values = json.loads(text)
-        if values.get("format") != RESULT_FORMAT:
+        if values.get("format") not in (1, RESULT_FORMAT):
             raise ValueError(f"This is no evaluation of format {RESULT_FORMAT} (format {values.get('format')!r}).")
         records = [EpisodeRecord(**row) for row in values["episodes"]]
-        return cls(records, values["settings"], values["fingerprints"], values["notes"])
+        if values["format"] == 1:  # it counted successes at reset
+            records = [
+                replace(record, success=False, failure=SOLVED_AT_RESET) if record.success_at_reset else record
+                for record in records
+            ]
+        return cls(records, values["settings"], values["fingerprints"], values["notes"], unchecked=values.get("unchecked", []))
 
     def inference_ms(self) -> dict[str, float | int | None]:
         """Milliseconds per query: mean, p50, p95, max and count; a query serves a whole batch."""
@@ -270,22 +294,22 @@ class EvaluationResult:
 
         table = Table(title=title or None, title_justify="left", box=box.SIMPLE)
         table.add_column("task", no_wrap=True)
-        more = list(outcomes.columns(self.records))
+        more = list(outcomes.columns(self.counted))
         for name in ("success", "rate", "95 % interval", "steps", *more):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("failures", overflow="fold")
         tasks = self.by_task()
         for name, result in [*tasks.items(), ("all", self)]:
-            further = outcomes.columns(result.records)
+            further = outcomes.columns(result.counted)
             if name == "all" and len(tasks) > 1:
                 table.add_section()
             low, high = result.interval()
             table.add_row(
                 name,
                 f"{result.successes}/{result.episodes}",
-                f"{100 * result.success_rate:.1f} %",
+                f"{100 * result.success_rate:.1f} %" if result.episodes else "",
                 f"{100 * low:.1f} to {100 * high:.1f} %",
-                f"{_mean([record.steps for record in result.records]):.1f}",
+                f"{_mean([record.steps for record in result.counted]):.1f}",
                 *(further.get(heading, "") for heading in more),
                 ", ".join(f"{failure} {count}" for failure, count in result.failures().items()),
             )
@@ -300,12 +324,12 @@ class EvaluationResult:
         table.add_column("outcome", no_wrap=True)
         for name in ("episodes", "share", "steps"):
             table.add_column(name, justify="right", no_wrap=True)
-        open_ends = outcomes.failure_details(self.records)
+        open_ends = outcomes.failure_details(self.counted)
         if open_ends:
             table.add_column("of these", overflow="fold")
         table.add_column("seeds", overflow="fold")
         for outcome in [*(["success"] if self.successes else []), *self.failures()]:
-            rows = [record for record in self.records if record.outcome == outcome]
+            rows = [record for record in self.counted if record.outcome == outcome]
             of_these = ", ".join(f"{name} {count}" for name, count in open_ends.get(outcome, {}).items())
             table.add_row(
                 outcome,
@@ -322,11 +346,19 @@ class EvaluationResult:
         sentences = []
         summary = self.summary()
         if early := summary["successes_true_at_reset"]:
-            seeds = ", ".join(str(record.seed) for record in self.records if record.success_at_reset)
-            sentences.append(f"Success was true already at reset in {early} of {self.episodes} episodes (seeds {seeds}).")
-        distinct = summary["distinct_start_states"]
-        if distinct < self.episodes - len(self.errors):
-            sentences.append(f"Only {distinct} distinct start states in {self.episodes} episodes: the interval is too narrow.")
+            seeds = [str(record.seed) for record in self.records if record.success_at_reset]
+            listed = ", ".join(seeds[:10]) + (" …" if len(seeds) > 10 else "")
+            sentences.append(
+                f"Success was true already at reset in {early} of {counted(len(self.records), 'episode')} (seeds {listed}): "
+                "the policy did nothing for it, and these episodes are not counted."
+            )
+        distinct, told_by = summary["distinct_start_states"], self.settings.get("start_states_told_by")
+        if distinct < len(self.records) - len(self.errors):
+            by = f", told apart by {told_by}" if told_by else ""
+            sentences.append(
+                f"Only {counted(distinct, 'distinct start state')} in {counted(len(self.records), 'episode')}{by}: repetitions "
+                "are no further evidence, the interval is too narrow."
+            )
         if summary["share_out_of_bounds"] > 0.1:
             share = 100 * summary["share_out_of_bounds"]
             sentences.append(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +16,21 @@ import torch
 
 from lightning_robot.console import progress as show_progress
 from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling
+from lightning_robot.evaluation.fingerprints import (
+    environment_fingerprints,
+    fingerprint_configuration,
+    fingerprint_policy,
+    fingerprint_statistics,
+    package_version,
+)
 from lightning_robot.evaluation.plausibility import check_predictions
-from lightning_robot.evaluation.result import EpisodeRecord, EpisodeTimes, EvaluationResult
+from lightning_robot.evaluation.result import SOLVED_AT_RESET, EpisodeRecord, EpisodeTimes, EvaluationResult
 from lightning_robot.evaluation.stepping import (
     Description,
     EnvironmentFault,
     MakeEnvironment,
     Pool,
     Transition,
-    hash_observation,
     open_pool,
 )
 from lightning_robot.features import check_compatible
@@ -66,6 +70,15 @@ def plan_episodes(episodes: int, seed: int, tasks: Sequence[str] | None = None) 
     counts = [episodes // len(names) + (position < episodes % len(names)) for position in range(len(names))]
     order = [name for name, count in zip(names, counts) for _ in range(count)]
     return [Episode(seed + position, name) for position, name in enumerate(order)]
+
+
+def describe_seeds(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """First and last seed, and what seeds of their block are for: generation, selection, reporting, or mixed."""
+    seeds = [episode.seed for episode in episodes]
+    roles = {
+        "reporting" if seed >= REPORTING_SEEDS else "selection" if seed >= SELECTION_SEEDS else "generation" for seed in seeds
+    }
+    return {"first": min(seeds), "last": max(seeds), "role": roles.pop() if len(roles) == 1 else "mixed"}
 
 
 def choose_tasks(policy: Policy, description: Description, asked: Sequence[str] | None = None) -> list[str]:
@@ -121,14 +134,13 @@ class _Running:
         self.success_said |= transition.success is not None
         self.success |= bool(transition.success)
         if transition.elapsed == 0:
-            self.start_state = hash_observation(transition.observation)
+            self.start_state = transition.state
             self.success_at_reset = bool(transition.success)
 
     def over(self, max_steps: int) -> bool:
-        """An episode ends with its first success after a step, however long the environment would go on."""
+        """An episode ends with its first success, however long the environment would go on."""
         last = self.latest
-        solved = self.success and self.steps > 0
-        return bool(last.error) or solved or last.terminated or last.truncated or self.steps >= max_steps
+        return bool(last.error) or self.success or last.terminated or last.truncated or self.steps >= max_steps
 
     def record(self) -> tuple[EpisodeRecord, EpisodeTimes]:
         last, episode = self.latest, self.episode
@@ -138,6 +150,8 @@ class _Running:
             raise EnvironmentFault(
                 "The environment never said whether the task was solved: its info needs the key 'success' (or 'is_success')."
             )
+        elif self.success_at_reset:
+            self.success, failure = False, SOLVED_AT_RESET  # nobody's success
         elif self.success:
             failure = None
         else:
@@ -250,9 +264,16 @@ def rollout(
             "postprocess": controller.postprocess,
             "policy": type(policy).__name__,
             "device": _device_name(policy),
-            "versions": {name: _version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")},
+            "start_states_told_by": description.start_states,
+            "seeds": describe_seeds(episodes),
+            "versions": {name: package_version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")},
         },
-        fingerprints={"checkpoint": fingerprint, **description.fingerprint},
+        fingerprints={
+            **environment_fingerprints(description.fingerprint),
+            "checkpoint": fingerprint,
+            "statistics": fingerprint_statistics(policy),
+            "configuration": fingerprint_configuration(policy),
+        },
         notes=notes + ([doubt] if doubt else []),
         times=[times for _, times in rows],
         seconds=time.perf_counter() - started,
@@ -433,26 +454,8 @@ def acting(policy: Any, threads: int) -> Iterator[None]:
             module.training = True
 
 
-def fingerprint_policy(policy: Any) -> str:
-    """16 hexadecimal digits of a policy's class, weights and buffers, as they are now."""
-    digest = hashlib.sha256(type(policy).__name__.encode())
-    if isinstance(policy, torch.nn.Module):
-        for name, tensor in sorted(policy.state_dict().items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}:{values.dtype}:{tuple(values.shape)};".encode())
-            digest.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b"")
-    return digest.hexdigest()[:16]
-
-
 def _device_name(policy: Any) -> str:
     parameter = next(policy.parameters(), None) if isinstance(policy, torch.nn.Module) else None
     if parameter is None or parameter.device.type == "cpu":
         return "cpu"
     return torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else parameter.device.type
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

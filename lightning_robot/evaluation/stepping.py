@@ -37,6 +37,8 @@ class Description:
         tasks: task ids it can be asked for, empty if it names none.
         low, high: bounds of the action, each (A,).
         rate: control steps per second, for videos.
+        control_rate: the same where the environment says it for certain, else 0.
+        start_states: what tells start states apart: ``state_fingerprint`` or ``first observation``.
     """
 
     features: Features | None
@@ -46,6 +48,8 @@ class Description:
     low: np.ndarray
     high: np.ndarray
     rate: float
+    control_rate: float = 0.0
+    start_states: str = "first observation"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Transition:
     failure: str | None = None
     error: str | None = None
     details: dict[str, Any] = field(default_factory=dict)  # what the environment says at an episode's end
+    state: str = ""  # after a reset: digest of the start state
 
 
 class Host:
@@ -95,12 +100,14 @@ class Host:
         rate = getattr(inner, "control_rate", None) or env.metadata.get("render_fps") or 30
         return Description(
             features=getattr(inner, "features", None),
-            fingerprint=dict(getattr(inner, "fingerprint", None) or {"environment": name}),
+            fingerprint=dict(getattr(inner, "fingerprint", None) or {"simulator": name}),
             max_steps=int(limit) if limit else None,
             tasks=tuple(getattr(inner, "tasks", None) or ()),
             low=np.asarray(space.low, dtype=np.float32),
             high=np.asarray(space.high, dtype=np.float32),
             rate=float(rate),
+            control_rate=float(getattr(inner, "control_rate", None) or 0),
+            start_states="state_fingerprint" if hasattr(inner, "state_fingerprint") else "first observation",
         )
 
     def reset(self, seed: int, task: str | None) -> Transition:
@@ -114,7 +121,12 @@ class Host:
         self.elapsed = 0
         self._skip(env, False)
         observation, info = env.reset(seed=seed, options=None if task is None else {"task": task})
-        return Transition(0, _as_dict(observation), success=_success(info), failure=info.get("failure"))
+        seen, inner = _as_dict(observation), env.unwrapped
+        if hasattr(inner, "state_fingerprint"):
+            state = hashlib.sha256(f"{task}: {inner.state_fingerprint()}".encode()).hexdigest()[:16]
+        else:
+            state = hash_observation(seen)
+        return Transition(0, seen, success=_success(info), failure=info.get("failure"), state=state)
 
     def _step(self, env: Any, action: np.ndarray, observe: bool) -> Transition:
         self._skip(env, not observe)

@@ -105,7 +105,7 @@ class Sweep:
                 f"{result.successes}/{result.episodes}",
                 f"{100 * result.success_rate:.1f} %",
                 f"{100 * low:.1f} to {100 * high:.1f} %",
-                f"{_mean([row.steps for row in result.records]):.1f}",
+                f"{_mean([row.steps for row in result.counted]):.1f}",
                 *(further.get(heading, "") for heading in more),
                 "" if query is None else f"{query:.1f}",
                 "\n".join(f"{failure} {count}" for failure, count in result.failures().items()),
@@ -194,4 +194,4 @@ def _seeds(result: EvaluationResult) -> list[int]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return math.fsum(values) / len(values) if values else math.nan

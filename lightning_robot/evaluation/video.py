@@ -111,7 +111,7 @@ def choose_episodes(result: EvaluationResult, count: int) -> list[EpisodeRecord]
     """The episodes most worth seeing: failures before successes, and the tasks in turn."""
     turns: Counter = Counter()
     ordered = []
-    for record in result.records:
+    for record in result.counted:
         turns[record.task, record.success] += 1
         ordered.append((record.success, turns[record.task, record.success], record.seed, record))
     return [record for *_, record in sorted(ordered, key=lambda item: item[:3])[:count]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,6 +93,15 @@ class Normalizer(nn.Module):
     def is_fitted(self) -> bool:
         """True once every key that needs values has them."""
         return all(key in self._fitted for key, mode in self.modes.items() if mode != "identity")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of every scale, offset and center: which statistics these are."""
+        digest = hashlib.sha256()
+        for name, buffer in sorted(self.named_buffers()):
+            values = buffer.detach().cpu()
+            digest.update(f"{name}:{tuple(values.shape)};".encode() + values.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def normalize(self, key: str, value: Tensor) -> Tensor:
         """Physical units to network units.

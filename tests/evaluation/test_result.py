@@ -52,27 +52,30 @@ def test_rows_are_sorted_and_counted():
         record(3, False, "far", "timeout"),
         record(1),
         record(2, False, "far", "error: ValueError: no"),
-        record(0, True, success_at_reset=True),
+        record(0, False, failure="solved_at_reset", success_at_reset=True),
+        record(5),
         record(4, False, "far", "timeout"),
     ]
     result = EvaluationResult(rows)
-    assert [row.seed for row in result.records] == [0, 1, 2, 3, 4]
+    assert [row.seed for row in result.records] == [0, 1, 2, 3, 4, 5]
     assert (result.successes, result.episodes, result.success_rate) == (2, 5, 0.4)
     assert result.failures() == {"timeout": 2, "error": 1}
     assert {task: part.success_rate for task, part in result.by_task().items()} == {"far": 0.0, "near": 1.0}
     summary = result.summary()
     assert summary["successes_true_at_reset"] == 1
     assert summary["errors"] == 1
-    assert summary["distinct_start_states"] == 5
+    assert (summary["distinct_start_states"], summary["played"], summary["episodes"]) == (6, 6, 5)
+    assert summary["interval_method"] == "Wilson score"
     warnings = " ".join(result.warnings())
     assert "seeds 0" in warnings
     assert "Seed 2 (far) ended by error: ValueError: no" in warnings
 
 
 def test_repeated_start_states_and_out_of_bounds_actions_are_said():
-    result = EvaluationResult([record(seed, start_state="same", steps_out_of_bounds=9) for seed in range(3)])
+    rows = [record(seed, start_state="same", steps_out_of_bounds=9) for seed in range(3)]
+    result = EvaluationResult(rows, {"start_states_told_by": "first observation"})
     warnings = " ".join(result.warnings())
-    assert "1 distinct start states in 3 episodes" in warnings
+    assert "Only 1 distinct start state in 3 episodes, told apart by first observation: repetitions" in warnings
     assert "90 % of the steps" in warnings
 
 
@@ -122,3 +125,12 @@ def test_table_shows_tasks_and_the_interval():
 def test_wilson_interval_against_reference_values(shared):
     for case in json.loads((shared / "golden" / "statistics.json").read_text())["intervals"]:
         assert wilson(case["k"], case["n"], case["confidence"]) == pytest.approx(case["wilson"], abs=1e-12)
+
+
+def test_tables_of_the_first_format_are_read_without_their_successes_at_reset():
+    old = json.loads(EvaluationResult([record(0), record(1, success_at_reset=True)]).to_json()) | {"format": 1}
+    del old["unchecked"]
+    back = EvaluationResult.from_json(json.dumps(old))
+    assert (back.successes, back.episodes, back.records[1].failure) == (1, 1, "solved_at_reset")
+    with pytest.raises(ValueError, match="no evaluation of format 2"):
+        EvaluationResult.from_json(json.dumps(old | {"format": 3}))
