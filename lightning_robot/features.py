@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +57,8 @@ class Features:
         control_rate: Hz.
         cloud: the point cloud's recipe (`lightning_robot.points.CloudRecipe.to_dict`), None without clouds.
         source: fingerprint of the simulator or recording: plain strings such as version, scene and renderer.
+        cameras: per camera name where it is fixed, as far as it is known: ``mount`` (a body's name), ``position`` (3) in metres
+            and ``rotation`` (4), a unit quaternion (w, x, y, z), both in the mount's frame, and ``fov``, vertical, in degrees.
     """
 
     observations: dict[str, Feature]
@@ -63,10 +67,14 @@ class Features:
     control_rate: float = 0.0
     cloud: dict[str, Any] | None = None
     source: dict[str, str] = field(default_factory=dict)
+    cameras: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only: fit for JSON, for Zarr attributes and for a checkpoint read with `weights_only=True`."""
-        return _plain(asdict(self))
+        values = _plain(asdict(self))
+        if not self.cameras:
+            del values["cameras"]  # older stores do not name them: their fingerprints stay
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Features:
@@ -85,7 +93,7 @@ def check_compatible(trained: Features, offered: Features, keys: tuple[str, ...]
         keys: observation keys that the policy reads; all of `trained` when None.
 
     Returns:
-        Sentences about differences that do not prevent acting (control rate, provenance of actions, simulator).
+        Sentences about differences that do not prevent acting (provenance of actions, recipe of the cloud, cameras' places).
 
     Raises:
         IncompatibleFeatures: names every difference and the setting that resolves it.
@@ -136,11 +144,95 @@ def check_compatible(trained: Features, offered: Features, keys: tuple[str, ...]
         for name in sorted(set(trained.cloud) & set(offered.cloud)):
             if trained.cloud[name] != offered.cloud[name]:
                 notes.append(f"point cloud {name}: trained with {trained.cloud[name]}, offered {offered.cloud[name]}.")
-    if trained.control_rate and offered.control_rate and trained.control_rate != offered.control_rate:
-        notes.append(f"control rate: trained at {trained.control_rate:g} Hz, offered {offered.control_rate:g} Hz.")
+    notes += _camera_notes(trained, offered, keys if keys is not None else tuple(trained.observations))
+    if error := other_rate(trained.control_rate, offered.control_rate):
+        errors.append(error)
     if errors:
         raise IncompatibleFeatures("The policy does not fit:\n  " + "\n  ".join(errors))
     return notes
+
+
+def check_observation(trained: Features, observation: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuses an observation that is not what was announced: an environment's wrapper may change what it offers.
+
+    Args:
+        trained: features of the policy.
+        observation: of one step, arrays without batch and time axes.
+        keys: observation keys that the policy reads.
+
+    Raises:
+        IncompatibleFeatures: names every difference.
+    """
+    errors = []
+    for key in keys:
+        want, value = trained.observations.get(key), observation.get(key)
+        if want is None:
+            continue
+        if value is None:
+            errors.append(f"{key}: the policy reads it; what the environment gives has only {', '.join(observation)}.")
+            continue
+        have = Feature(tuple(value.shape), str(value.dtype))
+        if have.shape != want.shape and not _is_wider_cloud(key, want, have):
+            errors.append(f"{key}: trained on shape {want.shape}, the environment gives {have.shape}; look at its wrappers.")
+        elif want.dtype != have.dtype and "uint8" in (want.dtype, have.dtype):
+            depth = " (depth where colour is expected?)" if "images" in key else ""
+            errors.append(
+                f"{key}: trained on {want.dtype}, the environment gives {have.dtype}: another scale of values{depth}."
+            )
+    if errors:
+        raise IncompatibleFeatures("The policy does not fit:\n  " + "\n  ".join(errors))
+
+
+def other_rate(trained: float, offered: float) -> str | None:
+    """A sentence if two control rates in Hz are both known and differ by more than a hundredth."""
+    if not trained or not offered or abs(trained - offered) <= 0.01 * trained:
+        return None
+    return (
+        f"control rate: trained at {trained:g} Hz, offered {offered:g} Hz: every action would last {trained / offered:.3g} "
+        "times as long. Let the environment step at the data's rate, or train on data of its rate."
+    )
+
+
+def camera_names(keys: Iterable[str]) -> list[str]:
+    """Cameras whose colour or depth is among the keys, each once."""
+    kinds = ("observation.images.", "observation.depth.")
+    return list(dict.fromkeys(key.removeprefix(kind) for key in keys for kind in kinds if key.startswith(kind)))
+
+
+def _camera_notes(trained: Features, offered: Features, keys: tuple[str, ...]) -> list[str]:
+    """Sentences about cameras that are fixed elsewhere than in training, where both sides know."""
+    names = [name for name in camera_names(keys) if name in trained.cameras and name in offered.cameras]
+    moved = [name for name in names if not _same_mount(trained.cameras[name], offered.cameras[name])]
+    exchanged = {}
+    for name in moved:
+        other = next((one for one in names if _same_mount(trained.cameras[one], offered.cameras[name])), None)
+        if other is not None:
+            exchanged[name] = other
+    notes = []
+    if exchanged:
+        pairs = ", ".join(f"{name} stands where {other} stood" for name, other in exchanged.items())
+        notes.append(f"cameras are swapped under their names: {pairs} in the demonstrations (by their poses).")
+    for name in moved:
+        if name not in exchanged:
+            was, now = trained.cameras[name], offered.cameras[name]
+            distance = 100 * math.dist(was["position"], now["position"])
+            turn = math.degrees(2 * math.acos(min(1.0, abs(sum(a * b for a, b in zip(was["rotation"], now["rotation"]))))))
+            notes.append(
+                f"camera {name}: on {was['mount']} in the demonstrations, on {now['mount']} here; moved by {distance:.1f} cm, "
+                f"turned by {turn:.0f} degrees, field of view {was['fov']:g} and {now['fov']:g} degrees."
+            )
+    return notes
+
+
+def _same_mount(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Within a millimetre, half a degree and a tenth of a degree of view."""
+    cosine = abs(sum(a * b for a, b in zip(one["rotation"], other["rotation"])))
+    return (
+        one["mount"] == other["mount"]
+        and math.dist(one["position"], other["position"]) < 1e-3
+        and cosine > math.cos(math.radians(0.25))
+        and abs(one["fov"] - other["fov"]) < 0.1
+    )
 
 
 def _parts(features: Features) -> list[str]:

@@ -85,12 +85,35 @@ def test_action_form_is_refused_and_provenance_noted(features):
     assert "recorded motion against command" in check_compatible(features, achieved)[0]
 
 
-def test_rate_and_cloud_recipe_are_noted(features):
-    notes = check_compatible(features, replace(features, control_rate=10.0, cloud={"points": 32}))
-    assert any("30 Hz" in note for note in notes)
+def test_another_rate_is_refused(features):
+    with pytest.raises(IncompatibleFeatures, match="trained at 30 Hz, offered 10 Hz: every action would last 3 times as long"):
+        check_compatible(features, replace(features, control_rate=10.0))
+
+
+def test_cloud_recipe_is_noted(features):
+    notes = check_compatible(features, replace(features, control_rate=29.97, cloud={"points": 32}))
     assert any("point cloud points" in note for note in notes)
 
 
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="Unknown kind"):
         Feature((1,), kinds=("angle",))
+
+
+def mounted(position, mount="world"):
+    return {"mount": mount, "position": position, "rotation": [1.0, 0.0, 0.0, 0.0], "fov": 45.0}
+
+
+def test_cameras_that_stand_elsewhere_are_noted(features):
+    images = {f"observation.images.{name}": Feature((3, 4, 4), "uint8") for name in ("top", "wrist")}
+    here = {"top": mounted([0, 0, 1]), "wrist": mounted([0, 0.1, 0], "hand")}
+    trained = replace(features, observations=images, cameras=here)
+    assert check_compatible(trained, trained) == []
+    assert check_compatible(replace(trained, cameras={}), trained) == []  # nobody knows
+    (note,) = check_compatible(trained, replace(trained, cameras={"top": here["wrist"], "wrist": here["top"]}))
+    assert "top stands where wrist stood, wrist stands where top stood in the demonstrations (by their poses)" in note
+    (note,) = check_compatible(trained, replace(trained, cameras=here | {"top": mounted([0, 0.03, 1.04])}))
+    assert note.startswith("camera top: on world in the demonstrations, on world here; moved by 5.0 cm, turned by 0 degrees")
+    assert check_compatible(trained, replace(trained, cameras=here | {"top": mounted([9, 9, 9])}), ("observation.images.wrist",)) == []
+    assert Features.from_dict(trained.to_dict()) == trained
+    assert "cameras" not in features.to_dict()

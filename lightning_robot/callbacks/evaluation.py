@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_robot.console import say
 from lightning_robot.evaluation.controller import Ensembling
+from lightning_robot.evaluation.demonstrated import refuse_training_seeds
 from lightning_robot.evaluation.metrics import SuccessRate
 from lightning_robot.evaluation.result import EvaluationResult
 from lightning_robot.evaluation.rollout import (
@@ -106,6 +107,7 @@ class SimulationEvaluation(Callback):
         self.result: EvaluationResult | None = None
         self._last_step = -1
         self._plan: list[Episode] | None = None
+        self._told: set[str] = set()
         self.played_tasks: list[str] = []  # settled when the environment is met
 
     @property
@@ -204,10 +206,10 @@ class SimulationEvaluation(Callback):
             try:
                 make_env = environment_maker(self.env, self.env_kwargs)
                 description, notes = inspect_environment(pl_module, make_env, self.tasks or ())
-                for note in notes:
-                    say(note)
+                self._say_once(notes)
                 self.played_tasks = choose_tasks(pl_module, description, self.tasks)
                 self._plan = plan_episodes(self.episodes, self.seed, self.played_tasks)
+                refuse_training_seeds(pl_module, [episode.seed for episode in self._plan], description)
             except IncompatibleFeatures:
                 raise
             except (ValueError, ImportError, gymnasium.error.Error) as error:
@@ -250,6 +252,13 @@ class SimulationEvaluation(Callback):
             self._report(trainer, pl_module, result)
         return result
 
+    def _say_once(self, notes: list[str]) -> None:
+        """Differences between training and simulation are the same at every evaluation."""
+        for note in notes:
+            if note not in self._told:
+                say(note)
+        self._told.update(notes)
+
     def _log(self, pl_module: LightningModule, share: EvaluationResult, plan: list[Episode]) -> None:
         """Logs rates that are reduced over the ranks; every rank goes through the same tasks in the same order."""
         tasks = sorted({episode.task for episode in plan if episode.task is not None})
@@ -267,6 +276,7 @@ class SimulationEvaluation(Callback):
             f"{100 * result.success_rate:.0f} % (95 % interval {100 * low:.0f} to {100 * high:.0f})"
             + (f"; failures: {failures}." if failures else ".")
         )
+        self._say_once(result.notes)
         for sentence in result.warnings():
             say(sentence)
         if trainer.state.fn != "fit" or trainer.fast_dev_run:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_robot.callbacks.checkpoints import read_checkpoint
 from lightning_robot.console import say
-from lightning_robot.features import Features, check_compatible
+from lightning_robot.features import Features, check_compatible, other_rate
+from lightning_robot.policies.base import ImitationPolicy, check_statistics
 
 
 class InitialWeights(Callback):
@@ -30,11 +32,17 @@ class InitialWeights(Callback):
         require_class(checkpoint, class_path_of(pl_module), self.path)
         trained, offered = checkpoint.get("hyper_parameters", {}).get("features"), getattr(pl_module, "features", None)
         if trained and isinstance(offered, Features):
-            for note in check_compatible(Features.from_dict(trained), offered):
+            trained = Features.from_dict(trained)
+            for note in check_compatible(replace(trained, control_rate=0.0), offered):  # a new rate can be learnt
                 say(note)
+            if other_rate(trained.control_rate, offered.control_rate):
+                say(f"The weights were trained at {trained.control_rate:g} Hz; the data are of {offered.control_rate:g} Hz.")
+        check_statistics(checkpoint, self.path)
         state = dict(checkpoint["state_dict"])
         state.update(checkpoint.get("ema_state_dict") or {})
         pl_module.load_state_dict(state)
+        if isinstance(pl_module, ImitationPolicy) and pl_module.demonstrations is not None:
+            pl_module.demonstrations = {**pl_module.demonstrations, "statistics": pl_module.normalizer.fingerprint}
         which = "averaged" if checkpoint.get("ema_state_dict") else "raw"
         say(f"Starting from the {which} weights of {self.path} (step {checkpoint['global_step']}), its normaliser included.")
 

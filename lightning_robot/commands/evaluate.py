@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
         "--selection-seed", type=int, default=1_500_000, metavar="N", help="seed of the first of them (default %(default)s)"
     )
     several.add_argument("--compare", action="store_true", help="compare the first with each other one, on the same episodes")
+    several.add_argument(
+        "--across", action="store_true", help="compare results of different renderers, simulators or scenes all the same"
+    )
     several.add_argument("--unpaired", action="store_true", help="compare evaluations of different episodes (Fisher's test)")
     speed = result.add_argument_group("speed (only --inference-batch and --threads touch the outcome, in the last digits)")
     speed.add_argument(
@@ -177,7 +180,12 @@ class Trial:
         if settings["ensembling"] is True:
             settings["ensembling"] = getattr(policy, "ensembling", None) or True
         make_env = environment_maker(settings["env"], settings["env_kwargs"])
-        description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
+        ask = settings["inference_batch"]
+        description, notes = inspect_environment(policy, make_env, settings["tasks"] or (), ask)
+        if arguments.weights == "raw" and "ema_state_dict" in checkpoint:
+            notes.append(
+                "weights: the raw ones are judged; the checkpoint also holds averaged ones, by which training judged it."
+            )
         return cls(
             path=path,
             policy=policy,
@@ -213,6 +221,7 @@ class Trial:
             "weights": "ema" if self.averaged else "raw",
             **result.settings,
         }
+        result.notes = [*self.notes, *(note for note in result.notes if note not in self.notes)]
         return result
 
     def film(self, result: EvaluationResult, folder: Path, count: int) -> None:
@@ -244,22 +253,25 @@ def evaluate(arguments: argparse.Namespace, path: Path) -> EvaluationResult:
     )
     result = trial.play(arguments, plan)
     written = result.save(folder / "evaluation.json")
-    report(result)
+    report(result, trial.notes)
     say(f"Table: {written}")
     if arguments.videos > 0:
         trial.film(result, folder, arguments.videos)
     return result
 
 
-def report(result: EvaluationResult) -> None:
-    """Prints the tables, what a reader must know of them, and how fast it went."""
+def report(result: EvaluationResult, said: Sequence[str] = ()) -> None:
+    """Prints the tables, what a reader must know of them, and how fast it went; not the notes that were `said` before."""
     from lightning_robot.console import counted
     from lightning_robot.evaluation.outcomes import milestone_sentence
 
     print_tables(result.table(), result.outcome_table())
     reached = milestone_sentence(result.counted)
-    for sentence in [*([reached] if reached else []), *described_settings(result), *result.warnings()]:
+    notes = [note for note in result.notes if note not in said]
+    for sentence in [*([reached] if reached else []), *described_settings(result), *notes, *result.warnings()]:
         print(sentence)
+    if result.unchecked:
+        print(f"Not checked, because the checkpoint does not record it: {', '.join(result.unchecked)}.")
     steps = sum(record.steps for record in result.records)
     workers = counted(result.processes, "worker process")
     speed = f"{counted(steps, 'step')} in {result.seconds:.1f} s ({steps / result.seconds:.0f} steps/s, {workers})"

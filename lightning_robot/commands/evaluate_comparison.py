@@ -24,14 +24,14 @@ def compare_checkpoints(arguments: argparse.Namespace) -> list[Comparison]:
     if len(names) < 2:
         raise EvaluateError("--compare needs two or more: checkpoints, run directories, or evaluation.json of evaluations.")
     tables = {name: read_table(Path(path)) for name, path in zip(names, arguments.checkpoint)}
-    check_tables(tables, arguments.unpaired)
+    check_tables(tables, arguments.unpaired, arguments.across)
     paths = {name: find_checkpoint(path) for name, path in zip(names, arguments.checkpoint) if tables[name] is None}
     results = {name: table or _played(arguments, name, paths[name], tables) for name, table in tables.items()}
     first, *others = names
     pairs = [(first, name) for name in others]
     test = compare_unpaired if arguments.unpaired else compare
     try:
-        comparisons = [test(results[a], results[b], (a, b)) for a, b in pairs]
+        comparisons = [test(results[a], results[b], (a, b), arguments.across) for a, b in pairs]
     except NotPaired as error:
         raise EvaluateError(_remedy(error)) from error
     if len(comparisons) > 1:
@@ -63,17 +63,18 @@ def read_table(path: Path) -> EvaluationResult | None:
         raise EvaluateError(f"{file} is no table of an evaluation ({error}).") from error
 
 
-def check_tables(tables: dict[str, EvaluationResult | None], unpaired: bool) -> None:
-    """Refuses tables of different episodes before anything is played.
+def check_tables(tables: dict[str, EvaluationResult | None], unpaired: bool, across: bool) -> None:
+    """Refuses tables of different episodes, or worlds, before anything is played.
 
     Raises:
         EvaluateError: says how to compare them all the same.
+        NotComparable: likewise.
     """
     known = [(name, table) for name, table in tables.items() if table is not None]
     for name, table in known[1:]:
         if not unpaired:
             try:
-                compare(known[0][1], table, (known[0][0], name))
+                compare(known[0][1], table, (known[0][0], name), across)
             except NotPaired as error:
                 raise EvaluateError(_remedy(error)) from error
 

@@ -75,7 +75,7 @@ def sweep_checkpoints(arguments: argparse.Namespace, paths: Sequence[Path]) -> S
     written = sweep.save(folder)
     print_tables(sweep.table())
     print("Selected, on fresh seeds:")
-    report(sweep.report)
+    report(sweep.report, trial.notes)
     for sentence in sweep.sentences():
         print(sentence)
     say(f"Written to {folder}: {', '.join(path.name for path in [*written, folder / 'evaluation.json'])}.")

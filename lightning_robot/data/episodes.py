@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_robot.console import counted, progress, say
 from lightning_robot.data.cache import BLOCK_BYTES, decoded_array, file_lock
 from lightning_robot.data.pictures import picture_statistics, sampled_rows
+from lightning_robot.data.recorded_facts import recorded_facts
 from lightning_robot.data.sampler import EpisodeBatchSampler
 from lightning_robot.data.store import EpisodeStore, StoreError
 from lightning_robot.data.windows import WindowDataset, limit_episodes, split_episodes, window_begins, window_steps
@@ -305,6 +306,10 @@ class EpisodeDataModule(LightningDataModule):
                 self._statistics[identity] = self._stream_statistics(key, runs)
             results[key] = self._statistics[identity]
         return results
+
+    def recorded_facts(self) -> dict[str, Any]:
+        """What checkpoints record of the training demonstrations, see `lightning_robot.data.recorded_facts`."""
+        return recorded_facts(self)
 
     # Below: private.
 

@@ -26,7 +26,7 @@ from lightning_robot.envs.panda import FINGER_OPEN, PandaKinematics
 from lightning_robot.envs.play_table_experts import Expert
 from lightning_robot.envs.play_table_model import LIGHT_COLORS, POSITION_UNIT, ROTATION_UNIT, SCENES, play_table_xml
 from lightning_robot.envs.play_table_starts import known_task, sample_scene, sample_tool_pose
-from lightning_robot.envs.ray_camera import RayCamera
+from lightning_robot.envs.ray_camera import RayCamera, camera_mounts
 from lightning_robot.features import Feature, Features, calvin_features
 from lightning_robot.geometry import euler_to_matrix, matrix_to_euler, matrix_to_quaternion, quaternion_to_matrix
 from lightning_robot.points import CloudRecipe, cloud_from_depth
@@ -170,7 +170,8 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if "segmentation" in wants:
             for name, size in sizes.items():
                 offered[f"observation.segmentation.{name}"] = Feature((1, *size), dtype="uint8")
-        return dataclasses.replace(features, observations=offered)
+        mounts = camera_mounts(self._model, sorted(sizes)) if {"images", "depth"} & set(wants) else {}
+        return dataclasses.replace(features, observations=offered, cameras=mounts)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -294,6 +295,12 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._joint_target[:] = self._data.ctrl[self._arm_control]
         self.begin_task(self._task)
         return self._observe(), {"task": self._task, "success": False, "failure": None}
+
+    def state_fingerprint(self) -> str:
+        """Digest of the simulation's whole state, lights included."""
+        data = self._data
+        parts = (data.time, data.qpos, data.qvel, data.act, data.ctrl, data.qacc_warmstart, tuple(self._lights.values()))
+        return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()
 
     def begin_task(self, task: str) -> None:
         """Makes the present state the start of a task, without a reset (for chains of tasks)."""

@@ -7,6 +7,8 @@ that MuJoCo returns in units of the ray is the depth of the pixel.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -19,6 +21,20 @@ _NORMAL = (None,) if "normal" in (mujoco.mj_multiRay.__doc__ or "") else ()
 _SEEN, _UNSEEN = 0, 5  # geom groups
 _ONLY_SEEN = np.array([1, 0, 0, 0, 0, 0], dtype=np.uint8)
 _TILE = 24  # pixels, about
+
+
+def camera_mounts(model: mujoco.MjModel, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Where cameras are fixed, as `Features.cameras` tells it: the same whatever the state of the simulation."""
+    mounts = {}
+    for name in names:
+        camera = model.camera(name)
+        mounts[name] = {
+            "mount": model.body(int(camera.bodyid[0])).name or "world",
+            "position": [round(float(value), 6) for value in camera.pos],
+            "rotation": [round(float(value), 6) for value in camera.quat],
+            "fov": round(float(camera.fovy[0]), 6),
+        }
+    return mounts
 
 
 class RayCamera:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, picture_size
 from lightning_robot.envs.pick_and_place import Bounds, Progress, Sight
-from lightning_robot.envs.ray_camera import RayCamera
+from lightning_robot.envs.ray_camera import RayCamera, camera_mounts
 from lightning_robot.envs.so101_experts import Expert
 from lightning_robot.envs.so101_kinematics import UNITS, So101Kinematics, from_units, to_units
 from lightning_robot.envs.so101_model import (
@@ -211,6 +211,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             control_rate=CONTROL_RATE,
             cloud=self.recipe.to_dict() if "point_cloud" in wants else None,
             source=self.fingerprint,
+            cameras=camera_mounts(self._model, sorted(sizes)) if {"images", "depth"} & set(wants) else {},
         )
 
     @property

@@ -22,8 +22,17 @@ COMPARED_SETTINGS = (
 )
 
 
+OWN = ("checkpoint", "statistics", "configuration")  # fingerprints of a policy, not of the world it was judged in
+# What an environment says of itself that two policies may differ in: what they see of it.
+SEEN = ("cameras", "views", "arguments")
+
+
 class NotPaired(ValueError):
     """The two evaluations did not play the same episodes."""
+
+
+class NotComparable(ValueError):
+    """The two evaluations were played in different simulators, with different renderers or in different scenes."""
 
 
 def mcnemar(only_a: int, only_b: int) -> tuple[float, float]:
@@ -206,11 +215,17 @@ class Comparison:
         )
 
 
-def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = ("A", "B")) -> Comparison:
+def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = ("A", "B"), across: bool = False) -> Comparison:
     """Compares two policies by the episodes that both played.
+
+    Args:
+        a, b: their evaluations.
+        names: theirs.
+        across: whether different renderers, simulators and scenes are compared all the same.
 
     Raises:
         NotPaired: they did not play the same episodes: other seeds or tasks, or another environment.
+        NotComparable: they did, but in another world.
     """
     played_a = {(row.seed, row.task): row.success for row in a.counted}
     played_b = {(row.seed, row.task): row.success for row in b.counted}
@@ -225,6 +240,8 @@ def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = (
             f"{names[0]} played {_described(a)}, {names[1]} {_described(b)}; {counted(shared, 'episode')} in common. A paired "
             "test needs the same episodes on both sides."
         )
+    if not across:
+        _refuse_other_worlds(a, b, names)
     counts = {"both": 0, "only_a": 0, "only_b": 0, "neither": 0}
     for episode, success in played_a.items():
         other = played_b[episode]
@@ -242,10 +259,17 @@ def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = (
     )
 
 
-def compare_unpaired(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = ("A", "B")) -> Comparison:
-    """Compares two policies that played different episodes, drawn alike: needs more of them for the same certainty."""
+def compare_unpaired(
+    a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = ("A", "B"), across: bool = False
+) -> Comparison:
+    """Compares two policies that played different episodes, drawn alike: needs more of them for the same certainty.
+
+    Arguments and `NotComparable` as of `compare`.
+    """
     if not a.counted or not b.counted:
         raise ValueError("There is nothing to compare: an evaluation holds no episode.")
+    if not across:
+        _refuse_other_worlds(a, b, names)
     numbers = (a.successes, a.episodes, b.successes, b.episodes)
     notes = differences(a, b, names)
     where_a, where_b = a.settings.get("environment"), b.settings.get("environment")
@@ -273,7 +297,7 @@ def differences(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str]
         if first != second:
             notes.append(f"{what}: {names[0]} {_shown(first)}, {names[1]} {_shown(second)}.")
 
-    for name in sorted((set(a.fingerprints) | set(b.fingerprints)) - {"checkpoint"}):
+    for name in sorted((set(a.fingerprints) | set(b.fingerprints)) - set(OWN)):
         note(name.replace("_", " ").capitalize(), a.fingerprints.get(name), b.fingerprints.get(name))
     for name in COMPARED_SETTINGS:
         note(name.replace("_", " ").capitalize(), a.settings.get(name), b.settings.get(name))
@@ -287,6 +311,28 @@ def differences(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str]
         if result.errors:
             notes.append(f"{counted(len(result.errors), 'episode')} of {name} ended by an error and count as failures.")
     return notes
+
+
+def worlds(result: EvaluationResult) -> dict[str, str]:
+    """What decides which world an evaluation was played in: simulator, versions, scene, renderer."""
+    stated = {name: value for name, value in result.fingerprints.items() if name not in (*OWN, *SEEN)}
+    if version := result.settings.get("versions", {}).get("mujoco"):
+        stated.setdefault("mujoco", version)
+    return stated
+
+
+def _refuse_other_worlds(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str]) -> None:
+    first, second = worlds(a), worlds(b)
+    different = [
+        f"{name} {first[name]} and {second[name]}"
+        for name in sorted(first.keys() & second.keys())
+        if first[name] != second[name]
+    ]
+    if different:
+        raise NotComparable(
+            f"{names[0]} and {names[1]} were judged in different worlds: {'; '.join(different)}. A difference between them "
+            "need not be one of the policies: evaluate both in the same, or compare all the same with --across."
+        )
 
 
 def _described(result: EvaluationResult) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_robot.evaluation.demonstrated import recorded
+
 NETWORK_RANGE = 1.5  # a normaliser maps what was demonstrated to about -1 to 1
 WIDE = 20.0  # elements whose demonstrated range is wider can hardly stay within the network's by themselves
 
@@ -16,10 +18,13 @@ class NormalizedActions(ValueError):
 
 
 def demonstrated_range(policy: Any) -> np.ndarray | None:
-    """Smallest and largest demonstrated value of each action element, (2, A), as the policy's normaliser knows them.
+    """Smallest and largest demonstrated value of each action element, (2, A): as the checkpoint records, else as the
+    policy's normaliser knows them.
 
-    None where it does not: it leaves actions as they are, or knows them only after transforms of their values.
+    None where that does not either: it leaves actions as they are, or knows them only after transforms of their values.
     """
+    if (known := recorded(policy, "action_range")) is not None:
+        return np.array(known)
     normalizer: Any = getattr(policy, "normalizer", None)
     mode = "identity" if normalizer is None else normalizer.modes.get("action", "identity")
     if mode == "identity" or getattr(getattr(policy, "transforms", None), "change_vectors", False):

@@ -16,6 +16,7 @@ import torch
 
 from lightning_robot.console import progress as show_progress
 from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling
+from lightning_robot.evaluation.demonstrated import acting_notes, refuse_training_seeds, unchecked_facts
 from lightning_robot.evaluation.fingerprints import (
     environment_fingerprints,
     fingerprint_configuration,
@@ -24,6 +25,7 @@ from lightning_robot.evaluation.fingerprints import (
     package_version,
 )
 from lightning_robot.evaluation.plausibility import check_predictions
+from lightning_robot.evaluation.probe import PROBE_SEED, command, probe, refuse_memory
 from lightning_robot.evaluation.result import SOLVED_AT_RESET, EpisodeRecord, EpisodeTimes, EvaluationResult
 from lightning_robot.evaluation.stepping import (
     Description,
@@ -33,7 +35,7 @@ from lightning_robot.evaluation.stepping import (
     Transition,
     open_pool,
 )
-from lightning_robot.features import check_compatible
+from lightning_robot.features import IncompatibleFeatures, check_compatible, check_observation, other_rate
 from lightning_robot.transforms.postprocess import build_postprocess
 
 if TYPE_CHECKING:
@@ -216,8 +218,9 @@ def rollout(
 
     Raises:
         IncompatibleFeatures: the environment does not offer what the policy was trained on.
-        EnvironmentFault: no environment can be made, it lacks a step limit or does not report success, or every episode ended
-            by an error.
+        EnvironmentFault: no environment can be made, it lacks a step limit, does not report success or does not begin episodes
+            anew, or every episode ended by an error.
+        TrainingSeeds: scenes of the policy's demonstrations were to be played.
         NormalizedActions: the policy's actions were left in the network's units.
     """
     share = list(episodes)[rank::world_size]
@@ -240,6 +243,9 @@ def rollout(
         description = pool.describe()
         notes = _meet(policy, description)
         limit = _step_limit(description, max_steps)
+        refuse_training_seeds(policy, [episode.seed for episode in episodes], description)
+        notes += acting_notes(policy, limit, controller.execution_horizon)
+        notes += [note for note in probe(pool, policy, description, episodes[0].task) if not _told(note, notes)]
         with acting(policy, threads):
             played: Iterator = play(pool, controller, share, description, limit)
             if progress and rank == 0:
@@ -278,6 +284,7 @@ def rollout(
         times=[times for _, times in rows],
         seconds=time.perf_counter() - started,
         processes=pool.processes,
+        unchecked=unchecked_facts(policy),
     )
     if world_size == 1:
         refuse_errors_only(result)
@@ -384,19 +391,23 @@ def environment_maker(env: str, arguments: dict[str, Any] | None = None) -> Make
     return partial(import_module("lightning_robot.envs").make_environment, env, **(arguments or {}))
 
 
-def inspect_environment(policy: Policy, make_env: MakeEnvironment, tasks: Sequence[str] = ()) -> tuple[Description, list[str]]:
+def inspect_environment(
+    policy: Policy, make_env: MakeEnvironment, tasks: Sequence[str] = (), ask: int = 0
+) -> tuple[Description, list[str]]:
     """Makes one environment and asks whether the policy can act in it, before the work.
 
     Args:
         policy: what shall act.
         make_env: makes the environment.
         tasks: task ids that it must know.
+        ask: rows of two queries of the policy, which must answer alike; 0 asks nothing.
 
     Returns:
         What the environment says of itself, and differences that do not prevent acting.
 
     Raises:
         IncompatibleFeatures, EnvironmentFault, PostprocessError: as `rollout` would; or the environment refuses a task.
+        KeepsState: the policy remembers something between calls.
     """
     build_postprocess(getattr(policy, "postprocess", None) or (), policy.features)
     pool = open_pool(make_env, 1, policy.features, 0)
@@ -408,6 +419,11 @@ def inspect_environment(policy: Policy, make_env: MakeEnvironment, tasks: Sequen
             ((_, transition),) = pool.receive()
             if transition.error:
                 raise EnvironmentFault(f"The environment cannot begin the task {task!r}: {transition.error}.")
+        if ask:
+            start = command(pool, "reset", PROBE_SEED, tasks[0] if tasks else None)
+            if not start.error:
+                check_observation(policy.features, start.observation, policy.window.keys)
+                refuse_memory(policy, start.observation, ask)
         return description, notes
     finally:
         pool.close()
@@ -420,6 +436,8 @@ def _meet(policy: Policy, description: Description) -> list[str]:
             raise EnvironmentFault(
                 f"The policy's actions have shape {tuple(action)}, the environment's {description.low.shape}."
             )
+        if error := other_rate(policy.features.control_rate, description.control_rate):
+            raise IncompatibleFeatures(f"The policy does not fit:\n  {error}")
         return ["The environment does not say what it offers: units, names and frames were not compared."]
     notes = check_compatible(policy.features, description.features, policy.window.keys)
     trained, offered = policy.features.source, description.features.source
@@ -427,6 +445,11 @@ def _meet(policy: Policy, description: Description) -> list[str]:
         if trained[name] != offered[name]:
             notes.append(f"{name}: trained with {trained[name]}, evaluated with {offered[name]}.")
     return notes
+
+
+def _told(note: str, notes: Sequence[str]) -> bool:
+    """Cameras that are known to be swapped by their poses are swapped by their pictures too."""
+    return any(note.split(":")[0] == other.split(":")[0] for other in notes)
 
 
 def _step_limit(description: Description, max_steps: int | None) -> int:

@@ -23,7 +23,7 @@ from lightning_robot.console import say
 from lightning_robot.features import Features, check_compatible
 from lightning_robot.networks.noise import mix_seeds
 from lightning_robot.transforms.named import Transforms
-from lightning_robot.transforms.normalizer import Normalizer
+from lightning_robot.transforms.normalizer import Normalizer, fingerprint_of
 from lightning_robot.transforms.postprocess import build_postprocess
 from lightning_robot.transforms.statistics import Statistics
 from lightning_robot.transforms.text import HashedTextEncoder
@@ -66,6 +66,9 @@ class Policy(ABC):
         ensembling: ``coefficient`` and ``direction`` of temporal ensembling, where the policy is meant to be ensembled.
         postprocess: steps that the controller applies to every action (`lightning_robot.transforms.postprocess`).
         features: what the policy was trained on; set once the networks are built.
+        demonstrations: what its checkpoint records of the demonstrations (`lightning_robot.data.recorded_facts`) and, as
+            ``statistics``, the fingerprint of the normaliser that was fitted to them. None or without a fact where it is not
+            known, as in older checkpoints.
     """
 
     observation_steps: int
@@ -74,6 +77,7 @@ class Policy(ABC):
     action_offset: int = 0
     ensembling: dict[str, Any] | None = None
     features: Features
+    demonstrations: dict[str, Any] | None = None
 
     @property
     @abstractmethod
@@ -246,6 +250,8 @@ class ImitationPolicy(Policy, LightningModule):
         self.build()
         if fresh:
             self.fit_normalization(data)
+            facts: dict[str, Any] = getattr(data, "recorded_facts", dict)()
+            self.demonstrations = {**facts, "statistics": self.normalizer.fingerprint}
         else:
             self.normalizer = Normalizer.from_features(self.network_features, self.normalization)
 
@@ -332,11 +338,41 @@ class ImitationPolicy(Policy, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["format"] = CHECKPOINT_FORMAT
         checkpoint["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        if self.demonstrations is not None:
+            checkpoint["demonstrations"] = self.demonstrations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = f"{type(self).__module__}.{type(self).__qualname__}"
         if checkpoint.get("class_path", own) != own:
             raise ValueError(f"The checkpoint is of {checkpoint['class_path']}, the model here is {own}.")
+        check_statistics(checkpoint, "The checkpoint")
+        self.demonstrations = checkpoint.get("demonstrations")
+
+
+def check_statistics(checkpoint: dict[str, Any], name: str | Path) -> None:
+    """Refuses a checkpoint whose normaliser is not the one that was fitted to its demonstrations.
+
+    Args:
+        checkpoint: its content; one that records no fingerprint of its statistics is taken as it is.
+        name: of the file, for the message.
+
+    Raises:
+        ValueError: the statistics are of another dataset, or were changed.
+    """
+    recorded = (checkpoint.get("demonstrations") or {}).get("statistics")
+    for part in ("state_dict", "ema_state_dict") if recorded is not None else ():
+        buffers = {
+            key.removeprefix("normalizer."): value
+            for key, value in (checkpoint.get(part) or {}).items()
+            if key.startswith("normalizer.")
+        }
+        found = fingerprint_of(buffers)
+        if buffers and found != recorded:
+            raise ValueError(
+                f"{name}: its statistics are not those of the demonstrations that it was trained on (fingerprint {found}, "
+                f"recorded {recorded}): they were taken from another dataset or changed by hand, and its actions would come "
+                "out in a wrong scale. Use the checkpoint as training wrote it, or train anew."
+            )
 
 
 def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, device: str | torch.device = "cpu") -> Policy:
@@ -395,4 +431,6 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
     if averaged is not None and weights != "raw":
         state.update(averaged)
     policy.load_state_dict(state)
+    check_statistics(checkpoint, path)
+    policy.demonstrations = checkpoint.get("demonstrations")
     return policy.to(device).eval()

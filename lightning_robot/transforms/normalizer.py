@@ -97,11 +97,7 @@ class Normalizer(nn.Module):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of every scale, offset and center: which statistics these are."""
-        digest = hashlib.sha256()
-        for name, buffer in sorted(self.named_buffers()):
-            values = buffer.detach().cpu()
-            digest.update(f"{name}:{tuple(values.shape)};".encode() + values.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(dict(self.named_buffers()))
 
     def normalize(self, key: str, value: Tensor) -> Tensor:
         """Physical units to network units.
@@ -235,6 +231,15 @@ class Normalizer(nn.Module):
                 self._keep_center(key, prefix + _buffer_name(key, "center") in state_dict)
                 self._fitted.add(key)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def fingerprint_of(buffers: Mapping[str, Tensor]) -> str:
+    """`Normalizer.fingerprint` of a normaliser's buffers by name, as a state dict holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(buffers):
+        values = buffers[name].detach().float().cpu()
+        digest.update(f"{name}:{tuple(values.shape)};".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_size(key: str, statistics: int, data: int) -> None:

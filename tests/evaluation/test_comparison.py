@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from lightning_robot.evaluation.comparison import (
+    NotComparable,
     NotPaired,
     compare,
     compare_unpaired,
@@ -127,7 +128,12 @@ def test_what_else_differs_is_named():
     b = result([1, 0], versions={"mujoco": "3.4.0"}, max_steps=200, environment_arguments={"actions": "end_effector"})
     b.fingerprints |= {"renderer": "opengl", "checkpoint": "1"}
     a.fingerprints |= {"renderer": "rays"}
-    notes = compare(a, b).notes
+    with pytest.raises(NotComparable, match=r"mujoco 3.3.0 and 3.4.0; renderer rays and opengl.*with --across"):
+        compare(a, b)
+    with pytest.raises(NotComparable, match="in different worlds"):
+        compare_unpaired(a, b)
+    assert compare_unpaired(a, b, across=True).notes[0] == "Renderer: A rays, B opengl."
+    notes = compare(a, b, across=True).notes
     for part in (
         "Renderer: A rays, B opengl.",
         "Version of mujoco: A 3.3.0, B 3.4.0.",
