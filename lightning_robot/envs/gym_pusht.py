@@ -76,6 +76,11 @@ class PushT(Adapted):
         self._env.unwrapped.obs_type = _STATE_ONLY if self.skip_observation else self._arguments["obs_type"]
         return super().step(action)
 
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `Adapted.reset`, whether or not the last step drew a picture."""
+        self._env.unwrapped.obs_type = _STATE_ONLY if self.skip_observation else self._arguments["obs_type"]
+        return super().reset(seed=seed, options=options)
+
     def match(self, features: Features) -> None:
         """Offers what a policy was trained on: its observations, the camera's name and the picture's size.
 

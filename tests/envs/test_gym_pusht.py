@@ -80,6 +80,9 @@ def test_unread_pictures_are_not_drawn(monkeypatch):
     env.skip_observation = True
     monkeypatch.setattr(env._env.unwrapped, "_draw", None)
     assert set(env.step([20, 20])[0]) == {"task"}
+    monkeypatch.undo()
+    env.skip_observation = False
+    assert "observation.image" in env.reset(seed=0)[0]  # an episode may end on such a step
 
 
 @installed
