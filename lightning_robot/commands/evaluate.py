@@ -151,6 +151,7 @@ class Trial:
         averaged: whether the weights are averaged ones.
         step, epoch: of training, None where the checkpoint does not say.
         notes: differences between training and this environment.
+        world: fingerprints of the environment.
     """
 
     path: Path
@@ -161,6 +162,7 @@ class Trial:
     step: int | None
     epoch: int | None
     notes: list[str]
+    world: dict[str, str]
 
     @classmethod
     def open(cls, arguments: argparse.Namespace, path: Path, saved: dict[str, Any] | None = None) -> Trial:
@@ -171,6 +173,7 @@ class Trial:
             path: a checkpoint, or a folder with one of LeRobot.
             saved: settings where neither command line nor checkpoint name an environment.
         """
+        from lightning_robot.evaluation.fingerprints import environment_fingerprints
         from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment
         from lightning_robot.policies.base import load_policy
 
@@ -195,6 +198,7 @@ class Trial:
             step=checkpoint.get("global_step"),
             epoch=checkpoint.get("epoch"),
             notes=notes,
+            world=environment_fingerprints(description.fingerprint),
         )
 
     def play(self, arguments: argparse.Namespace, plan: Sequence[Episode]) -> EvaluationResult:

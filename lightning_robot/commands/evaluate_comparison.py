@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_robot.commands.checkpoint_paths import find_checkpoint
 from lightning_robot.commands.evaluate import EvaluateError, Trial, default_output, print_tables
 from lightning_robot.console import counted, say
-from lightning_robot.evaluation.comparison import Comparison, NotPaired, compare, compare_unpaired, holm
+from lightning_robot.evaluation.comparison import Comparison, NotPaired, compare, compare_unpaired, holm, refuse_other_worlds
 from lightning_robot.evaluation.result import EvaluationResult
 
 
@@ -85,7 +85,7 @@ def _played(
     """Plays with a checkpoint: the episodes of the tables that are there, else those of the command line."""
     from lightning_robot.evaluation.rollout import Episode, plan_episodes
 
-    table = next((table for table in tables.values() if table is not None), None)
+    known, table = next(((other, table) for other, table in tables.items() if table is not None), ("", None))
     saved = None
     if table is not None:
         settings = table.settings
@@ -100,6 +100,8 @@ def _played(
         where = table.settings.get("environment")
         if trial.settings["env"] != where:
             raise EvaluateError(f"{name} would play in {trial.settings['env']}, the table is of {where}: give --env {where}.")
+        if not arguments.across:
+            refuse_other_worlds(table, EvaluationResult([], {}, trial.world), (known, name))
     say(f"Evaluating {path}: {counted(len(plan), 'episode')}, seeds {plan[0].seed} to {plan[-1].seed}.")
     result = trial.play(arguments, plan)
     if table is None:

@@ -241,7 +241,7 @@ def compare(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str] = (
             "test needs the same episodes on both sides."
         )
     if not across:
-        _refuse_other_worlds(a, b, names)
+        refuse_other_worlds(a, b, names)
     counts = {"both": 0, "only_a": 0, "only_b": 0, "neither": 0}
     for episode, success in played_a.items():
         other = played_b[episode]
@@ -269,7 +269,7 @@ def compare_unpaired(
     if not a.counted or not b.counted:
         raise ValueError("There is nothing to compare: an evaluation holds no episode.")
     if not across:
-        _refuse_other_worlds(a, b, names)
+        refuse_other_worlds(a, b, names)
     numbers = (a.successes, a.episodes, b.successes, b.episodes)
     notes = differences(a, b, names)
     where_a, where_b = a.settings.get("environment"), b.settings.get("environment")
@@ -321,7 +321,12 @@ def worlds(result: EvaluationResult) -> dict[str, str]:
     return stated
 
 
-def _refuse_other_worlds(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str]) -> None:
+def refuse_other_worlds(a: EvaluationResult, b: EvaluationResult, names: tuple[str, str]) -> None:
+    """Refuses to compare what was played in different simulators or scenes, or drawn by different renderers.
+
+    Raises:
+        NotComparable: names every difference that both evaluations state.
+    """
     first, second = worlds(a), worlds(b)
     different = [
         f"{name} {first[name]} and {second[name]}"

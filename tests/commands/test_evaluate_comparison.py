@@ -109,3 +109,19 @@ def test_what_cannot_be_compared_is_said(runs, capsys):
     capsys.readouterr()
     assert main(["--compare", "there", "bad", *FAST]) == 1
     assert "bad would play in fake/Reach-v0, the table is of other/Env-v0" in capsys.readouterr().err
+
+
+def test_other_renderers_and_simulators_are_compared_only_when_asked(runs, capsys):
+    assert main(["good", *FAST, "--output", "rays"]) == 0
+    text = Path("rays/evaluation.json").read_text()
+    Path("opengl").mkdir()
+    Path("opengl/evaluation.json").write_text(text.replace('"renderer": "none"', '"renderer": "opengl"'))
+    capsys.readouterr()
+    for compared in (["rays", "opengl"], ["--unpaired", "rays", "opengl"], ["opengl", "bad", *FAST]):
+        assert main(["--compare", *compared]) == 1
+        streams = capsys.readouterr()
+        assert "were judged in different worlds: renderer " in streams.err
+        assert "or compare all the same with --across" in streams.err
+        assert "Evaluating" not in streams.out  # known before anything is played
+        assert main(["--compare", "--across", *compared]) == 0
+        assert "Renderer: " in capsys.readouterr().out
