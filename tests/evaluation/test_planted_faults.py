@@ -32,7 +32,7 @@ ARM = "fake_arm:fault/Arm-v0"
 FAST = ["--episodes", "4", "--videos", "0", "--processes", "0", "--num-envs", "2"]
 
 
-def fit(folder, store):
+def fit(folder, store, *more):
     """Trains for an epoch with averaged weights and returns the checkpoint, as anybody would."""
     config = {
         "model": {"class_path": "fake_turner.Turner"},
@@ -46,7 +46,7 @@ def fit(folder, store):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     argv, sys.argv = sys.argv, ["lightning_robot"]
     try:
-        assert main(["fit", "--config", str(folder / "config.yaml"), "--run.root", str(folder / "runs")]) == 0
+        assert main(["fit", "--config", str(folder / "config.yaml"), "--run.root", str(folder / "runs"), *more]) == 0
     finally:
         sys.argv = argv
     return folder / "runs" / "latest" / "checkpoints" / "last.ckpt"
@@ -336,6 +336,15 @@ def test_checkpoint_records_its_demonstrations(trained):
     assert facts["statistics"] == load_policy(trained).normalizer.fingerprint
     assert features["control_rate"] == 30
     assert set(features["cameras"]) == {"overhead", "wrist"}
+
+
+def test_weights_that_begin_a_new_run_bring_their_statistics_along(trained, judge, tmp_path):
+    other = generate(tmp_path / "other.zarr", env=ARM, episodes_per_task=8, seed=100, processes=1)
+    checkpoint = fit(tmp_path, other, "--init_from", str(trained))
+    facts = torch.load(checkpoint, weights_only=True)["demonstrations"]
+    assert facts["seeds"].tolist() == list(range(100, 108))
+    assert facts["statistics"] == load_policy(checkpoint).normalizer.fingerprint == load_policy(trained).normalizer.fingerprint
+    assert judge(checkpoint)[3]["notes"] == []
 
 
 def test_result_accounts_for_itself(trained, judge):
