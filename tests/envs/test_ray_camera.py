@@ -38,7 +38,14 @@ def arm():
 
 @pytest.mark.parametrize(
     ("environment", "name"),
-    [("table", "static"), ("table", "gripper"), ("table", "overview"), ("arm", "overhead"), ("arm", "overview"), ("arm", "wrist")],
+    [
+        ("table", "static"),
+        ("table", "gripper"),
+        ("table", "overview"),
+        ("arm", "overhead"),
+        ("arm", "overview"),
+        ("arm", "wrist"),
+    ],
 )
 def test_agrees_with_single_rays(request, environment, name):
     scene = request.getfixturevalue(environment)
