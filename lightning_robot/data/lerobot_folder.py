@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_robot.console import progress, say
 from lightning_robot.data.cache import writable_folder
-from lightning_robot.data.lerobot_meta import INFO, Table, read_meta
+from lightning_robot.data.lerobot_meta import INFO, OWN_NOTES, Table, read_meta, read_notes
 from lightning_robot.data.pictures import Pictures, png_decoder, read_encoded
 from lightning_robot.data.store import StoreError
 from lightning_robot.data.video import DepthCode, VideoFrames, frame_count, video_backend
@@ -189,8 +189,9 @@ class LeRobotFolder:
 
     @cached_property
     def features(self) -> Features:
-        """What the dataset offers, from meta/info.json."""
-        described = self.info["features"]
+        """What the dataset offers, from meta/info.json; with units, kinds and the meaning of actions where we wrote it."""
+        described, noted = self.info["features"], self._noted
+        known = {} if noted is None else {**noted.observations, "action": noted.action}
         observations = {}
         for key in self.keys:
             shape = self.shape(key)[1:]
@@ -200,11 +201,17 @@ class LeRobotFolder:
                 observations[key] = Feature((1, *shape), unit="m")
             else:
                 observations[key] = Feature((shape[-1], *shape[:-1]), "uint8")
+            described_here = observations[key]
+            if key in known and (known[key].shape, known[key].names) == (described_here.shape, described_here.names):
+                observations[key] = known[key]
         action = observations.pop("action")
         source = {"recording": f"LeRobot {self.info['codebase_version']}"}
         if self.info.get("robot_type"):
             source["robot"] = str(self.info["robot_type"])
-        return Features(observations, action, control_rate=self.fps, source=source)
+        if noted is None or action != noted.action:
+            return Features(observations, action, control_rate=self.fps, source=source)
+        cloud = noted.cloud if "observation.point_cloud" in observations else None
+        return Features(observations, action, noted.action_semantics, self.fps, cloud, {**noted.source, **source})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -235,6 +242,18 @@ class LeRobotFolder:
         return LeRobotFolder.open, (self.path, self.backend, self.tolerance)
 
     # Below: private.
+
+    @cached_property
+    def _noted(self) -> Features | None:
+        """The features that our writer was given; None for a dataset that somebody else wrote."""
+        notes = read_notes(self.path)
+        try:
+            return Features.from_dict(notes["features"]) if "features" in notes else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.path / OWN_NOTES} is damaged ({error}). Copy it again; without the file the dataset is read as one "
+                "that does not say its units."
+            ) from error
 
     def _vector(self, key: str) -> np.ndarray:
         if key not in self._arrays:

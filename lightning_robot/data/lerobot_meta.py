@@ -13,6 +13,8 @@ from lightning_robot.console import say
 from lightning_robot.data.store import StoreError
 
 INFO = "meta/info.json"
+OWN_NOTES = "meta/lightning_robot.json"
+"""What our stores know beyond LeRobot's format, in the datasets that we write: ``features`` and ``provenance``."""
 FROM_VERSION = {
     3: {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -58,6 +60,16 @@ def read_meta(path: Path) -> tuple[dict[str, Any], Table]:
     table = _table_v3(path, info) if _major(info) == 3 else _table_v2(path, info)
     _check_counts(path, info, table)
     return info, table
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Content of `OWN_NOTES`; empty for a dataset that somebody else wrote.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    notes = _read_json(path / OWN_NOTES) if (path / OWN_NOTES).exists() else {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def _major(info: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lightning_robot.data.clips import DEPTH, DEPTH_ENCODING, ENCODINGS, depth_codes, join_clips, write_clip
+from lightning_robot.data.lerobot_meta import OWN_NOTES
 from lightning_robot.data.store import StoreError, partial_folder
 from lightning_robot.features import Feature, Features
 
@@ -40,7 +41,6 @@ QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-OWN_NOTES = "meta/lightning_robot.json"
 
 
 class LeRobotWriter:

@@ -88,6 +88,26 @@ def test_what_is_written_is_read_back(tmp_path, pictures):
     assert not (tmp_path / "data.partial").exists()
 
 
+def test_units_and_the_meaning_of_actions_are_read_back(tmp_path):
+    """A policy that learns from the folder must not be judged in other units."""
+    found = write(tmp_path / "data", "png").features
+    assert (found.observations, found.action) == (FEATURES.observations, FEATURES.action)
+    assert found.action_semantics == FEATURES.action_semantics
+    assert found.source == {"recording": "LeRobot v3.0", "robot": "so101"}
+
+    info = tmp_path / "data/meta/info.json"  # somebody gave the state's elements other names: of it, the note tells nothing now
+    info.write_text(info.read_text().replace("a.pos", "c.pos"))
+    assert LeRobotFolder.open(tmp_path / "data").features.observations["observation.state"] == Feature(
+        (2,), names=("c.pos", "b.pos")
+    )
+    notes = tmp_path / "data/meta/lightning_robot.json"
+    notes.write_text('{"features": {"observations": {}}}')
+    with pytest.raises(StoreError, match=r"lightning_robot.json is damaged.*without the file"):
+        _ = LeRobotFolder.open(tmp_path / "data").features
+    notes.unlink()
+    assert LeRobotFolder.open(tmp_path / "data").features.action_semantics == ""
+
+
 def test_statistics_are_of_the_values_themselves(tmp_path):
     write(tmp_path / "data")
     statistics = json.loads((tmp_path / "data/meta/stats.json").read_text())
