@@ -62,12 +62,19 @@ def chunk_seed(seed: int, chunk: int) -> int:
     return (value ^ (value >> 31)) >> 1
 
 
+def row_of(seed: int, inference_batch: int) -> int:
+    """The row of an episode in every query of the policy: consecutive seeds fill a batch."""
+    return seed % inference_batch
+
+
 class Controller:
     """Acts in several environments with one policy; each environment has its own history, chunk and noise.
 
     Environments need not be in step with one another: `act` takes any of them. The policy is always asked in batches of
-    `inference_batch` rows (a short batch is filled with copies of its first row), so that an action does not depend on how
-    many environments there are. Ensembling and post-processing are the policy's own unless something else is asked for.
+    `inference_batch` rows, an episode always in the row that its seed says (a row that nobody has holds a copy): so an action
+    depends neither on how many environments there are, nor on which others wait (kernels treat the last rows of a batch
+    otherwise than the first, in the last digits). Ensembling and post-processing are the policy's own unless something else is
+    asked for.
 
     Attributes:
         ensembling: in use, None for a chunk queue.
@@ -157,6 +164,17 @@ class Controller:
             self._predictions[index].clear()
             self._outputs[index] = None
 
+    def row(self, index: int) -> int:
+        """The row of an environment's episode in every query."""
+        return row_of(self._seeds[index], self.inference_batch)
+
+    def choose_batch(self, indices: Sequence[int]) -> list[int]:
+        """Those of `indices` that can be asked for in one query: the first of each row."""
+        first: dict[int, int] = {}
+        for index in indices:
+            first.setdefault(self.row(index), index)
+        return list(first.values())
+
     def needs_query(self, index: int) -> bool:
         """True if the next action of an environment needs a new chunk."""
         return self.ensembling is not None or self.chunks[index] is None or self.position[index] >= self.execution_horizon
@@ -212,9 +230,13 @@ class Controller:
         )
 
     def _query(self, indices: list[int]) -> None:
-        for start in range(0, len(indices), self.inference_batch):
-            group = indices[start : start + self.inference_batch]
-            rows = group + [group[0]] * (self.inference_batch - len(group))
+        while indices:
+            group = self.choose_batch(indices)
+            indices = [index for index in indices if index not in group]
+            places = [self.row(index) for index in group]
+            rows = [group[0]] * self.inference_batch
+            for place, index in zip(places, group):
+                rows[place] = index
             seeds = torch.tensor([chunk_seed(self._seeds[row], self._counts[row]) for row in rows], dtype=torch.int64)
             before = time.perf_counter()
             with torch.no_grad():
@@ -228,10 +250,10 @@ class Controller:
                 )
             if chunks.shape[1] < self.execution_horizon:
                 raise RuntimeError(f"{chunks.shape[1]} actions predicted, {self.execution_horizon} to be executed.")
-            ours = chunks[: len(group)]
+            ours = chunks[places]
             self.predicted[0] = np.minimum(self.predicted[0], ours.min(axis=(0, 1)))
             self.predicted[1] = np.maximum(self.predicted[1], ours.max(axis=(0, 1)))
-            for index, chunk in zip(group, chunks):
+            for index, chunk in zip(group, ours):
                 self.chunks[index] = chunk
                 self.position[index] = 0
                 self._counts[index] += 1

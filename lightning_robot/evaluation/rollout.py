@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from lightning_robot.console import progress as show_progress
-from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling
+from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling, row_of
 from lightning_robot.evaluation.demonstrated import acting_notes, refuse_training_seeds, unchecked_facts
 from lightning_robot.evaluation.fingerprints import (
     environment_fingerprints,
@@ -211,7 +212,7 @@ def rollout(
         postprocess: steps applied to every action; the policy's own when None.
         progress: shows how far it is.
         rank: which share of the episodes to play.
-        world_size: number of shares; share r is ``episodes[r::world_size]``. `EvaluationResult.merge` joins them.
+        world_size: number of shares, dealt in blocks of `inference_batch`. `EvaluationResult.merge` joins them.
 
     Returns:
         The table of this share.
@@ -223,7 +224,8 @@ def rollout(
         TrainingSeeds: scenes of the policy's demonstrations were to be played.
         NormalizedActions: the policy's actions were left in the network's units.
     """
-    share = list(episodes)[rank::world_size]
+    block = max(1, min(inference_batch, math.ceil(len(episodes) / world_size)))  # consecutive seeds fill a query
+    share = [episode for position, episode in enumerate(episodes) if position // block % world_size == rank]
     if not share:
         return EvaluationResult([])
     seen = {(episode.seed, episode.task) for episode in episodes}
@@ -324,7 +326,10 @@ def play(
 
     def begin(index: int) -> None:
         if left and pool.alive(index):
-            episode = left.popleft()
+            taken = {controller.row(other) for other in running}
+            free = (one for one in left if row_of(one.seed, controller.inference_batch) not in taken)
+            episode = next(free, left[0])
+            left.remove(episode)
             running[index] = _Running(episode, time.perf_counter())
             controller.reset([index], [episode.seed])
             pool.send(index, "reset", episode.seed, episode.task)
@@ -364,9 +369,11 @@ def play(
         waiting = [index for index in waiting if controller.needs_query(index)]
         if ready:
             act(ready)
-        while len(waiting) >= controller.inference_batch or (waiting and not pool.busy and not broken):
-            batch, waiting = waiting[: controller.inference_batch], waiting[controller.inference_batch :]
+        batch = controller.choose_batch(waiting)
+        while len(batch) == controller.inference_batch or (batch and not pool.busy and not broken):
+            waiting = [index for index in waiting if index not in batch]
             act(batch)
+            batch = controller.choose_batch(waiting)
     for episode in left:  # no environment is left to play them in
         lost = _Running(episode, time.perf_counter())
         lost.take(Transition(error="every process with environments had ended before"))

@@ -80,9 +80,9 @@ def test_queries_have_one_size_and_noise_belongs_to_episode_and_chunk():
     controller.reset(range(5), [10, 11, 12, 13, 14])
     controller.act([observation(i) for i in range(5)], [0] * 5)
     assert [len(seeds) for seeds in policy.seeds] == [3, 3]
-    assert policy.seeds[0] == [chunk_seed(seed, 0) for seed in (10, 11, 12)]
-    assert policy.seeds[1] == [chunk_seed(seed, 0) for seed in (13, 14, 13)]  # filled with its first row
-    assert policy.asked[1]["observation.state"][:, 0, 0].tolist() == [3, 4, 3]
+    assert policy.seeds[0] == [chunk_seed(seed, 0) for seed in (12, 10, 11)]  # in the rows that the seeds say
+    assert policy.seeds[1] == [chunk_seed(seed, 0) for seed in (13, 13, 14)]  # filled with copies
+    assert policy.asked[1]["observation.state"][:, 0, 0].tolist() == [3, 3, 4]
     for step in range(1, 5):
         controller.act([observation(step)], [step], indices=[4])
     assert policy.seeds[2] == [chunk_seed(14, 1)] * 3

@@ -93,6 +93,24 @@ def test_table_is_byte_equal_for_any_number_of_ranks_and_processes(policy, refer
     assert spread.processes == 2
 
 
+class LopsidedPolicy(TinyPolicy):
+    """Answers each row of a batch a little otherwise, as kernels do with the last ones."""
+
+    def predict_action_chunk(self, observation, **options):
+        chunk = super().predict_action_chunk(observation, **options)
+        return chunk + 1e-3 * torch.arange(len(chunk)).view(-1, 1, 1, 1)
+
+
+def test_an_episode_keeps_its_row():
+    policy = LopsidedPolicy()
+    reference = rollout(policy, Reach, PLAN, num_envs=8, progress=False)
+    for num_envs in (1, 3, 16):
+        assert rollout(policy, Reach, PLAN, num_envs=num_envs, progress=False).to_json() == reference.to_json()
+    for row, episode in zip(reference.records, PLAN):
+        (alone,) = rollout(policy, Reach, [episode], progress=False).records
+        assert alone == row
+
+
 def test_observations_that_nobody_reads_are_not_computed(policy, reference):
     full = partial(Reach, skips=False)
     assert rollout(policy, full, PLAN, progress=False).to_json() == reference.to_json()
