@@ -86,6 +86,8 @@ class LeRobotDataModule(EpisodeDataModule):
         )
         if drop_n_last_frames is not None and drop_n_last_frames < 0:
             raise ValueError(f"drop_n_last_frames: {drop_n_last_frames}; it is a number of frames, or null.")
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance: {tolerance}; it is a time in seconds, 0 or more.")
         self.repo_id, self.revision, self.backend, self.tolerance = repo_id, revision, backend, tolerance
         self.drop_n_last_frames = drop_n_last_frames
         self._folder: LeRobotFolder | None = None
@@ -147,7 +149,10 @@ class LeRobotDataModule(EpisodeDataModule):
     def _array(self, store: Any, key: str, channels: int | None) -> Any:
         if key not in store.cameras:
             return super()._array(store, key, channels)
-        return decoded_array(store, key) if self.decode else store.frames(key)
+        if not self.decode:
+            return store.frames(key)
+        store.check_videos((key,), np.arange(store.num_episodes))  # the copy holds all episodes, whichever are chosen
+        return decoded_array(store, key)
 
     def _pads(self) -> tuple[int, int]:
         before, after = super()._pads()

@@ -387,8 +387,7 @@ class LeRobotFolder:
         here = episodes[camera.file_of_episode[episodes] == file]
         if not path.is_file():
             raise StoreError(
-                f"{path} is missing: it holds {camera.column} of episode {_listed(here)}. Copy or download it, or leave these "
-                "episodes out with data.init_args.train_episodes and validation_episodes."
+                f"{path} is missing: it holds {camera.column} of episode {_listed(here)}. Copy or download it, or {_LEAVE_OUT}."
             )
         held = frame_count(path)
         needed = camera.first_frame[here] + self._table.lengths[here]
@@ -397,7 +396,7 @@ class LeRobotFolder:
             raise StoreError(
                 f"{path} holds {held} frames, but {camera.column} of episode {_listed(short)} needs {needed.max()} "
                 "(meta/ and parquet count so many). The recording was interrupted or the file is cut: copy or download it "
-                "again, or leave these episodes out with data.init_args.train_episodes and validation_episodes."
+                f"again, or {_LEAVE_OUT}."
             )
         everyone = np.flatnonzero(camera.file_of_episode == file)
         expected = int((camera.first_frame[everyone] + self._table.lengths[everyone]).max())
@@ -409,10 +408,14 @@ _TOLERANCE = (
     "Frames would be matched with the wrong pictures. Record or convert with timestamps of frame / fps, or, if the order of "
     "frames is right nevertheless, raise data.init_args.tolerance."
 )
+_LEAVE_OUT = (
+    "leave these episodes out with data.init_args.train_episodes and validation_episodes (and decode: false, since a decoded "
+    "copy holds all episodes)"
+)
 
 
 def _listed(numbers: np.ndarray) -> str:
-    return ", ".join(str(number) for number in numbers[:6].tolist()) + (" …" if len(numbers) > 6 else "")
+    return ", ".join(str(number) for number in np.sort(numbers)[:6].tolist()) + (" …" if len(numbers) > 6 else "")
 
 
 def _is_vector(name: str, feature: dict[str, Any]) -> bool:

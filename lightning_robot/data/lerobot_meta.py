@@ -101,6 +101,8 @@ def _read_info(path: Path) -> dict[str, Any]:
             "data.init_args.repo_id to download one."
         )
     info = _read_json(path / INFO)
+    if not isinstance(info, dict):
+        raise StoreError(f"{path / INFO} is damaged: it holds no settings but {info!r:.40}. Copy or download it again.")
     for name in ("codebase_version", "fps", "features", "total_episodes", "total_frames"):
         if not info.get(name):
             raise StoreError(

@@ -243,11 +243,27 @@ def test_a_missing_video_matters_where_it_is_used(tmp_path):
     assert len(ready(path, window(("observation.state", CAMERAS[0]))).train_windows) == 60
 
 
-def test_a_video_that_is_too_short(tmp_path):
+def test_a_decoded_copy_needs_all_videos(tmp_path, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_ROBOT_CACHE", raising=False)
+    path = write_folder(tmp_path / "a", storage="video", version="v2.1")
+    (path / f"videos/chunk-000/{CAMERAS[1]}/episode_000001.mp4").unlink()
+    with pytest.raises(StoreError, match=r"episode_000001\.mp4 is missing: .* of episode 1\. .*train_episodes.*decode: false"):
+        ready(path, train_episodes=[0, 2], decode=True)
+    assert len(ready(path, train_episodes=[0, 2]).train_windows) == 43
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_video_that_is_too_short(tmp_path, decode, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_ROBOT_CACHE", raising=False)
     path = write_folder(tmp_path / "a", storage="video")
     change_episodes(path, **{f"videos__{CAMERAS[0]}__from_timestamp": [0.0, 21 / 30, 38 / 30]})
     with pytest.raises(StoreError, match=r"holds 60 frames, but observation\.images\.front of episode 2 needs 61"):
-        ready(path)
+        ready(path, decode=decode)
+
+
+def test_a_tolerance_is_no_negative_time():
+    with pytest.raises(ValueError, match="tolerance: -1"):
+        LeRobotDataModule(tolerance=-1)
 
 
 # Download.

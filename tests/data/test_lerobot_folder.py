@@ -154,6 +154,8 @@ def test_info_that_says_too_little_or_something_else(tmp_path):
         refused(path, rf"codebase_version '{version}'; v3\.0, v2\.1 and v2\.0 are read")
     info.write_text("{")
     refused(path, r"info\.json is damaged")
+    info.write_text("[]")
+    refused(path, r"info\.json is damaged: it holds no settings")
     info.unlink()
     refused(path, r"info\.json is missing")
 
