@@ -25,7 +25,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
-from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, noted_sizes, picture_size
 from lightning_robot.envs.play_table_model import SCENES
 from lightning_robot.envs.play_table_starts import known_task, sample_scene
 from lightning_robot.features import Features, calvin_features
@@ -215,11 +215,7 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             self.recipe = dataclasses.replace(CloudRecipe.from_dict(features.cloud), pixel_offset=offset)
         elif (cloud := features.observations.get("observation.point_cloud")) is not None:
             self.recipe = dataclasses.replace(self.recipe, points=cloud.shape[0], colors=cloud.shape[1] == 6)
-        for part in features.source.get("cameras", "").split(", "):
-            name, _, size = part.partition(" ")
-            if name in NATIVE_SIZES and "x" in size:
-                height, width = size.split("x")
-                self.camera_sizes[name] = (int(height), int(width))
+        self.camera_sizes |= noted_sizes(features.source.get("cameras", ""), NATIVE_SIZES)
         if features.action_semantics:
             self.relative = features.action_semantics.startswith("relative")
         self.close()  # other cameras are another simulator

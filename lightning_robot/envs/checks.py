@@ -31,6 +31,17 @@ def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def noted_sizes(cameras: str, known: Collection[str]) -> dict[str, tuple[int, int]]:
+    """(height, width) per camera from an environment's own note, "overhead 96x96, wrist 40x64"; other cameras are left out."""
+    sizes = {}
+    for part in cameras.split(", "):
+        name, _, size = part.rpartition(" ")
+        if name in known and "x" in size:
+            height, _, width = size.partition("x")
+            sizes[name] = (int(height), int(width))
+    return sizes
+
+
 def finite_vector(name: str, values: ArrayLike, length: int) -> NDArray[np.float64]:
     """A copy of the values, (length,).
 

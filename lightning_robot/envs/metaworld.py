@@ -26,7 +26,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs.adapters import MissingPackage
-from lightning_robot.envs.checks import ActionOutOfBounds, among, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, among, noted_sizes, picture_size
 from lightning_robot.envs.metaworld_scene import CAMERAS, Scene
 from lightning_robot.features import Feature, Features
 from lightning_robot.points import CloudRecipe, cloud_from_depth
@@ -232,11 +232,7 @@ class MetaWorld(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             ValueError: the policy was trained on an observation that Meta-World does not have.
         """
         wants: list[str] = []
-        sizes = dict(part.rsplit(" ", 1) for part in features.source.get("cameras", "").split(", ") if " " in part)
-        for name, size in sizes.items():
-            if name in CAMERAS and "x" in size:
-                height, width = size.split("x")
-                self.camera_sizes[name] = (int(height), int(width))
+        self.camera_sizes |= noted_sizes(features.source.get("cameras", ""), CAMERAS)
         for key, feature in features.observations.items():
             kind, _, camera = key.removeprefix("observation.").partition(".")
             among(f"{key} of the policy", kind, OBSERVATIONS)

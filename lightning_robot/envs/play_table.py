@@ -21,7 +21,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
-from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, noted_sizes, picture_size
 from lightning_robot.envs.panda import FINGER_OPEN, PandaKinematics
 from lightning_robot.envs.play_table_experts import Expert
 from lightning_robot.envs.play_table_model import LIGHT_COLORS, POSITION_UNIT, ROTATION_UNIT, SCENES, play_table_xml
@@ -235,11 +235,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         elif "observation.point_cloud" in features.observations:
             points, columns = features.observations["observation.point_cloud"].shape
             self.recipe = dataclasses.replace(self.recipe, points=points, colors=columns == 6)
-        sizes = dict(part.rsplit(" ", 1) for part in features.source.get("cameras", "").split(", ") if " " in part)
-        for name, size in sizes.items():
-            if name in FAR and "x" in size:
-                height, width = size.split("x")
-                self.camera_sizes[name] = (int(height), int(width))
+        self.camera_sizes |= noted_sizes(features.source.get("cameras", ""), FAR)
         if features.action_semantics:
             self.relative = features.action_semantics.startswith("relative")
         self.observations = tuple(wants)

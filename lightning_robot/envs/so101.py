@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, noted_sizes, picture_size
 from lightning_robot.envs.pick_and_place import Bounds, Progress, Sight
 from lightning_robot.envs.ray_camera import RayCamera, camera_mounts
 from lightning_robot.envs.so101_experts import Expert
@@ -263,6 +263,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             ValueError: the policy was trained on an observation that this environment does not have.
         """
         wants: list[str] = []
+        self.camera_sizes |= noted_sizes(features.source.get("cameras", ""), FAR)  # a cloud depends on them, too
         for key, feature in features.observations.items():
             kind, _, camera = key.removeprefix("observation.").partition(".")
             among(f"{key} of the policy", kind, OBSERVATIONS)
@@ -274,6 +275,8 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if features.cloud is not None:
             # Where in a pixel a ray passes is this renderer's own affair: its centre.
             self.recipe = dataclasses.replace(CloudRecipe.from_dict(features.cloud), pixel_offset=(0.5, 0.5))
+            for camera in self.recipe.cameras:
+                among("cloud camera of the policy", camera, FAR)
         elif "observation.point_cloud" in features.observations:
             points, columns = features.observations["observation.point_cloud"].shape
             self.recipe = dataclasses.replace(self.recipe, points=points, colors=columns == 6)
@@ -282,6 +285,9 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             for units in UNITS:
                 if f"joints {units}" in features.action_semantics:
                     self.units = units
+        state = features.observations.get("observation.state")
+        if state is not None and "joints" not in features.action_semantics:
+            self.units = {"%": "normalized", "degrees, %": "degrees"}.get(state.unit, self.units)
         self.observations = tuple(wants)
         self._declare_spaces()
 

@@ -307,6 +307,20 @@ def test_matches_what_a_policy_was_trained_on(env):
     env.match(cloud)
     assert check_compatible(cloud, env.features) == []
     assert (env.actions, env.units) == ("joints", "normalized")
+    small = SO101PickPlace(
+        actions="end_effector",
+        units="normalized",
+        observations=("state", "point_cloud"),
+        camera_sizes={"overhead": 40, "wrist": (30, 40)},
+    )
+    env.match(small.features)  # the cloud is made of pictures of that size, and the state is not in degrees
+    assert check_compatible(small.features, env.features) == []
+    assert env.camera_sizes == {"overhead": (40, 40), "wrist": (30, 40)}
+    assert np.array_equal(*(each.reset(seed=1)[0]["observation.point_cloud"] for each in (small, env)))
+    assert (env.actions, env.units) == ("end_effector", "normalized")
+    elsewhere = dataclasses.replace(cloud, cloud={**cloud.cloud, "cameras": ["static"]})
+    with pytest.raises(ValueError, match="cloud camera of the policy: 'static' is not among overhead, wrist"):
+        env.match(elsewhere)
     strange = dataclasses.replace(cloud, observations={"observation.images.front": cloud.action})
     with pytest.raises(ValueError, match="'front' is not among overhead, wrist"):
         env.match(strange)
