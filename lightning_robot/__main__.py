@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "convert recordings, stores and checkpoints",
     "generate": "record demonstrations of an expert or a policy in a simulator",
     "inspect": "a dataset at a glance: episodes, ranges, pictures, defects",
+    "reproduce": "train and evaluate again what a claim of the ledger rests on",
 }
 
 EXAMPLES = """\
