@@ -151,9 +151,8 @@ def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence
         print("convert calvin: interrupted; the same command continues.", file=sys.stderr)
         return 130
     segments = 0 if done.store.segments is None else len(done.store.segments)
-    verified = f"; {counted(done.verified, 'frame')} converted again and equal" if done.verified else ""
     say(
         f"{done.store.path}: {counted(done.store.num_frames, 'frame')}, {counted(done.store.num_episodes, 'episode')}, "
-        f"{counted(segments, 'described segment')}{verified}."
+        f"{counted(segments, 'described segment')}. {done.verification}".rstrip()
     )
     return 0

@@ -3,8 +3,8 @@
     plan      find frames, episodes, language; cut episodes at gaps
     check     decompress every frame once: what is damaged is known before the work starts
     convert   one task per shard of the store: read, convert, write, sync, note the checksum
-    verify    every shard read back against its checksum, sampled frames converted again from their files
-    finish    episode ends last, then one rename
+    finish    episode ends last
+    verify    every shard read back against its checksum, sampled frames converted again from their files; then one rename
 
 The rows of the store are the frames of the training folder, then of the validation folder, in the order of their numbers.
 Episodes are CALVIN's play episodes; described stretches are segments of them, so no frame is stored twice.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +47,8 @@ from lightning_robot.data.calvin_files import (
     scene_letters,
 )
 from lightning_robot.data.calvin_frames import CalvinSettings, check_depth, check_frame, convert_frame
-from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter, array_name, partial_folder
+from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter, partial_folder
+from lightning_robot.data.verification import outcome
 from lightning_robot.data.workers import append_line, claimed, read_lines, run_tasks, usable_cores
 
 CHECK_BLOCK = 512  # frames per task of the check
@@ -62,12 +62,12 @@ class Conversion:
     Attributes:
         store: the finished store.
         damage: (file, what) for everything that was left out.
-        verified: number of frames that were converted again and compared.
+        verification: its outcome in one sentence; empty where the store was there already.
     """
 
     store: EpisodeStore
     damage: list[tuple[str, str]]
-    verified: int = 0
+    verification: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,15 +185,25 @@ def convert_calvin(
             f"{counted(processes, 'process')}, {settings.points} points per cloud."
         )
         _convert(plan, writer, processes)
-        verified = _verify(plan, writer, processes)
+        compared = 0
+
+        def compare(written: EpisodeStore) -> None:
+            nonlocal compared
+            compared, faults = _convert_again(plan, written, processes)
+            for key, row in faults:
+                writer.forget(key, row - row % shard_frames)
+            _refuse(written, faults)
+
         finished = writer.finish(
             np.array(plan.ends, dtype=np.int64),
             np.array([part.split for part in plan.stretches], dtype=np.int8),
             **described,
+            check=compare,
+            processes=processes,
         )
     for line in report.lines():
         say(line)
-    return Conversion(finished, report.damage, verified)
+    return Conversion(finished, report.damage, outcome(finished, f"{counted(compared, 'frame')} converted again and equal"))
 
 
 def _plan(found: Sequence[Split], stretches: Sequence[Stretch], settings: CalvinSettings, scene: str, report: Report) -> _Plan:
@@ -380,8 +390,7 @@ def _check_block(
 
 
 def _convert(plan: _Plan, writer: StoreWriter, processes: int) -> None:
-    noted = _checksums(writer)
-    tasks = [start for start in writer.shards if not (writer.is_written(start) and start in noted)]
+    tasks = [start for start in writer.shards if not writer.is_written(start)]
     frames = sum(_shard_rows(writer, start) for start in tasks)
     _check_disk(plan, writer, frames)
 
@@ -404,10 +413,6 @@ def _convert_shard(shared: tuple[_Plan, StoreWriter], start: int) -> int:
     for row in range(rows):
         for key, value in plan.convert(start + row).items():
             blocks[key][row] = value
-    # Noted before the shard is: a shard in the writer's journal always has its checksums.
-    append_line(
-        writer.partial / "checksums.jsonl", {"start": start, **{key: _checksum(block) for key, block in blocks.items()}}
-    )
     try:
         for key, block in blocks.items():
             writer.write(key, start, block)
@@ -419,54 +424,34 @@ def _convert_shard(shared: tuple[_Plan, StoreWriter], start: int) -> int:
     return start
 
 
-def _checksum(block: NDArray[Any]) -> int:
-    return zlib.crc32(np.ascontiguousarray(block).view(np.uint8).data)
+def _convert_again(plan: _Plan, store: EpisodeStore, processes: int) -> tuple[int, list[tuple[str, int]]]:
+    """Converts sampled frames again, first and last ones of episodes among them; their number, and (key, row) of differences."""
+    episodes = np.unique(np.linspace(0, len(plan.ends) - 1, 8).astype(np.int64))
+    edges = np.concatenate([store.episode_starts[episodes], store.episode_ends[episodes] - 1])
+    rows = np.union1d(edges, np.linspace(0, store.num_frames - 1, VERIFIED_FRAMES).astype(np.int64))
+    results = run_tasks(_compare_frames, (plan, store), np.array_split(rows, min(len(rows), 2 * processes)), processes)
+    return len(rows), sorted((fault for found in results for fault in found), key=lambda fault: fault[1])
 
 
-def _checksums(writer: StoreWriter) -> dict[int, dict[str, int]]:
-    return {line.pop("start"): line for line in read_lines(writer.partial / "checksums.jsonl")}
-
-
-def _verify(plan: _Plan, writer: StoreWriter, processes: int) -> int:
-    """Reads all shards back and converts sampled frames again; returns the number of the latter."""
-    edges = [row for episode in np.linspace(0, len(plan.ends) - 1, 8).astype(int) for row in _edges(plan, int(episode))]
-    sampled = sorted({*edges, *np.linspace(0, writer.num_frames - 1, VERIFIED_FRAMES).astype(int).tolist()})
-    noted = _checksums(writer)
-    tasks = [
-        (start, noted[start], [row for row in sampled if start <= row < start + writer.shard_frames]) for start in writer.shards
-    ]
-    results = run_tasks(_verify_shard, (plan, writer), tasks, processes)
-    faults = [fault for found in progress(results, len(tasks), "verifying", unit="shards") for fault in found]
-    if faults:
-        raise StoreError(
-            f"{writer.partial}: the verification found {counted(len(faults), 'difference')}, the first: {faults[0]}. Do not "
-            "use it: check disk and memory, delete it and convert again."
-        )
-    return len(sampled)
-
-
-def _edges(plan: _Plan, episode: int) -> tuple[int, int]:
-    return plan.ends[episode] - len(plan.stretches[episode]), plan.ends[episode] - 1
-
-
-def _verify_shard(shared: tuple[_Plan, StoreWriter], task: tuple[int, dict[str, int], list[int]]) -> list[str]:
-    import zarr
-
-    plan, writer = shared
-    start, checksums, sampled = task
+def _compare_frames(shared: tuple[_Plan, EpisodeStore], rows: NDArray[np.int64]) -> list[tuple[str, int]]:
+    plan, store = shared
+    have = {key: store.gather(key, rows) for key in plan.settings.arrays}
     faults = []
-    again = {row: plan.convert(row) for row in sampled}
-    for key in writer.keys:
-        array: Any = zarr.open_array(str(writer.partial / "store" / "data" / array_name(key)), mode="r")
-        block = array[start : start + _shard_rows(writer, start)]
-        if _checksum(block) != checksums[key]:
-            faults.append(f"{key}, rows from {start}: the checksum of what was written differs")
-        faults += [
-            f"{key}, row {row}: converting the frame again gives other values"
-            for row in sampled
-            if not np.array_equal(block[row - start], again[row][key].astype(block.dtype, copy=False))
-        ]
+    for index, row in enumerate(rows.tolist()):
+        for key, value in plan.convert(row).items():
+            stored = np.asarray(value, plan.settings.arrays[key][1]).astype(have[key].dtype)
+            if not np.array_equal(have[key][index], stored):
+                faults.append((key, row))
     return faults
+
+
+def _refuse(store: EpisodeStore, faults: list[tuple[str, int]]) -> None:
+    if faults:
+        key, row = faults[0]
+        raise StoreError(
+            f"{store.path}: converting {counted(len(faults), 'frame')} again gives other values, first {key} of row {row}. Were "
+            "the recordings changed? If not, check disk and memory, then run the same again: what differs is converted anew."
+        )
 
 
 def _check_disk(plan: _Plan, writer: StoreWriter, frames: int) -> None:

@@ -8,7 +8,7 @@ Layout (that of the Diffusion Policy family, so that its stores open as they are
       meta/episode_split           (episodes,) int8: 0 training, 1 validation                            (optional)
       meta/segments                (segments, 3) int64: first frame, exclusive end, row of the text      (optional)
       meta/language_embeddings     (texts, E) float32                                                   (optional)
-      attributes                   features, language {texts, tasks, encoder}, fingerprint, provenance  (optional)
+      attributes                   features, language {texts, tasks, encoder}, fingerprint, provenance, checksums (optional)
 
 Zarr formats 2 and 3 are read; format 3 is written, with shards of the same number of frames for every array.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_robot.data.checksums import changed_blocks, checksum, written
 from lightning_robot.data.workers import append_line, read_lines
 from lightning_robot.features import Feature, Features
 
@@ -210,7 +211,7 @@ class EpisodeStore:
 
         It covers arrays of small frames whole, sixteen frames of others, episode ends and features.
         """
-        return self._group.attrs.get("fingerprint") or self._fingerprint()
+        return self._group.attrs.get("fingerprint") or self.compute_fingerprint()
 
     @cached_property
     def episode_split(self) -> np.ndarray | None:
@@ -239,6 +240,11 @@ class EpisodeStore:
     def provenance(self) -> dict[str, Any]:
         """What the writer noted."""
         return dict(self._group.attrs.get("provenance", {}))
+
+    @property
+    def checksums(self) -> dict[str, Any] | None:
+        """See `lightning_robot.data.checksums`; None in stores that others wrote, or we did before there were any."""
+        return self._group.attrs.get("checksums")
 
     def __reduce__(self) -> Any:
         return EpisodeStore.open, (self.path,)
@@ -279,7 +285,8 @@ class EpisodeStore:
         action = observations.pop("action")
         return Features(observations, action)
 
-    def _fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
+        """`fingerprint`, from the values."""
         digest = hashlib.sha256(np.ascontiguousarray(self.episode_ends).tobytes())
         features = self._group.attrs.get("features")
         digest.update(json.dumps(features, sort_keys=True).encode())
@@ -298,9 +305,10 @@ class StoreWriter:
     """Writes a store into ``<path>.partial`` and renames it when it is whole; an interrupted writer continues.
 
     Arrays are pre-sized. `write` takes whole shards and may be called from several processes (the writer can be pickled), one
-    per shard: two writers in one shard lose frames. Each shard is synced to disk, then noted in a journal. `append` serves a
-    single process that has episodes of any length. After a kill, make the writer again with the same arguments: shards in the
-    journal are skipped, and the finished bytes are the same.
+    per shard: two writers in one shard lose frames. Each shard is synced to disk, then noted in a journal with its checksum.
+    `append` serves a single process that has episodes of any length. After a kill, make the writer again with the same
+    arguments: shards in the journal are skipped, and the finished bytes are the same. Before it is renamed, the whole store is
+    read back and compared with the checksums of what was given to write.
 
     Attributes:
         path: where the finished store will be.
@@ -366,6 +374,11 @@ class StoreWriter:
         """True if the shard that begins at this row is safely on disk, for all keys (or those named)."""
         return all((key, start_row) in self._written for key in (self.keys if keys is None else keys))
 
+    def forget(self, key: str, start_row: int) -> None:
+        """Declares a shard not written, because what is on the disk is wrong: the next writer writes it anew."""
+        append_line(self._journal, [key, start_row, None])
+        self._written.pop((key, start_row), None)
+
     def write(self, key: str, start_row: int, block: np.ndarray) -> None:
         """Writes one shard of one array.
 
@@ -386,6 +399,7 @@ class StoreWriter:
             )
         if block.shape[1:] != array.shape[1:]:
             raise StoreError(f"{self.path}: {key} has frames of shape {array.shape[1:]}, given {block.shape[1:]}.")
+        block = np.ascontiguousarray(block, array.dtype)
         array[start_row : start_row + rows] = block
         _sync(
             self._store
@@ -393,8 +407,8 @@ class StoreWriter:
             / array_name(key)
             / array.metadata.encode_chunk_key((start_row // self.shard_frames, *(0,) * (block.ndim - 1)))
         )
-        append_line(self._journal, [key, start_row])
-        self._written.add((key, start_row))
+        self._written[key, start_row] = checksum(block)
+        append_line(self._journal, [key, start_row, self._written[key, start_row]])
 
     def append(self, blocks: Mapping[str, np.ndarray]) -> None:
         """Adds the next frames of every array, any number of them; whole shards go to disk as they fill up.
@@ -429,17 +443,23 @@ class StoreWriter:
         split: np.ndarray | None = None,
         segments: np.ndarray | None = None,
         language: Mapping[str, Any] | None = None,
+        *,
+        check: Callable[[EpisodeStore], None] | None = None,
+        processes: int = 1,
     ) -> EpisodeStore:
-        """Completes the store, renames it to its place and opens it.
+        """Completes the store, verifies it, renames it to its place and opens it.
 
         Args:
             episode_ends: (E,) exclusive ends.
             split: (E,) 0 training, 1 validation.
             segments: (K, 3) first row, exclusive end, row of the text.
             language: ``texts``, ``tasks``, ``encoder`` and optionally ``embeddings`` (n, E).
+            check: gets the store before it is renamed; raises `StoreError` where something in it is wrong.
+            processes: worker processes that read the store back.
 
         Raises:
-            StoreError: frames are missing, or the episodes do not cover them.
+            StoreError: frames are missing, the episodes do not cover them, or what is read back is not what was written; the
+                next writer then writes anew what differs.
         """
         import zarr
 
@@ -478,13 +498,19 @@ class StoreWriter:
         }
         if zeros:  # Zarr writes no file for a shard of zeros: what is missing later is a loss, these are not
             root.attrs["shards_of_zeros"] = zeros
-        root.attrs["fingerprint"] = EpisodeStore(self._store, zarr.open_group(str(self._store), mode="r"))._fingerprint()
+        root.attrs["checksums"] = {
+            "rows": self.shard_frames,
+            "data": {array_name(key): written([self._written[key, start] for start in self.shards]) for key in self.keys},
+            "meta": {name: written([checksum(values)]) for name, values in meta.items()},
+        }
+        root.attrs["fingerprint"] = EpisodeStore(self._store, zarr.open_group(str(self._store), mode="r")).compute_fingerprint()
         root.attrs["complete"] = True
         for leftover in self._store.rglob(f"*.{'[0-9a-f]' * 32}.partial"):  # what a killed process was writing
             leftover.unlink()
         for folder, _, files in os.walk(self._store):
             for file in files if "data" not in Path(folder).relative_to(self._store).parts[:1] else ():
                 _sync(Path(folder) / file)
+        self._verify(processes, check)
         os.rename(self._store, self.path)
         _sync(self.path.parent)
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -492,6 +518,23 @@ class StoreWriter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
+
+    def _verify(self, processes: int, check: Callable[[EpisodeStore], None] | None) -> None:
+        store = EpisodeStore.open(self._store)
+        assert store.checksums is not None
+        changed = changed_blocks(self._store, store.checksums, processes)
+        for name, start in changed:
+            if name.startswith("data/"):
+                self.forget(batch_key(name.removeprefix("data/")), start)
+        if changed:
+            name, start = changed[0]
+            raise StoreError(
+                f"{self.partial}: what is read back is not what was written: {name}, rows from {start}"
+                + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
+                + ". Check disk and memory, then run the same again: what differs is written anew."
+            )
+        if check is not None:
+            check(store)
 
     def _begin(self, settings: dict[str, Any]) -> None:
         """Creates the arrays, or takes up those of an interrupted writer with the same settings."""
@@ -539,8 +582,10 @@ class StoreWriter:
             self._opened[key] = zarr.open_array(str(self._store / "data" / array_name(key)), mode="r+")
         return self._opened[key]
 
-    def _read_journal(self) -> set[tuple[str, int]]:
-        return {(key, start) for key, start in read_lines(self._journal)}
+    def _read_journal(self) -> dict[tuple[str, int], int]:
+        """Checksums of the shards that are safely on disk, by key and first row."""
+        noted = {(line[0], line[1]): line[2] for line in read_lines(self._journal) if len(line) == 3}
+        return {place: value for place, value in noted.items() if value is not None}
 
 
 def partial_folder(path: Path) -> Path:

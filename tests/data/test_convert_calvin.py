@@ -17,7 +17,7 @@ from lightning_robot import points
 from lightning_robot.data import calvin_frames, convert_calvin
 from lightning_robot.data.calvin_files import CalvinError, DamagedFrame, Stretch, cut, read_frame
 from lightning_robot.data.calvin_frames import CAMERAS, CalvinSettings, convert_frame
-from lightning_robot.data.store import EpisodeStore, StoreError, partial_folder
+from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter, partial_folder
 from lightning_robot.features import check_compatible
 from lightning_robot.geometry import CALVIN_STATIC_POSE, calvin_gripper_pose
 from lightning_robot.unpickling import ForbiddenPickle
@@ -407,18 +407,42 @@ def test_too_little_disk_is_noticed_before_the_work(sample, tmp_path, monkeypatc
 
 
 def test_verification_finds_what_changed_on_the_disk(sample, tmp_path, monkeypatch):
-    verify = convert_calvin._verify
+    finish = StoreWriter.finish
 
-    def spoil(plan, writer, processes):
+    def spoil(writer, *arguments, **more):
         import zarr
 
         zarr.open_array(str(writer.partial / "store/data/state"), mode="r+")[20, 3] += 1e-6
-        return verify(plan, writer, processes)
+        return finish(writer, *arguments, **more)
 
-    monkeypatch.setattr(convert_calvin, "_verify", spoil)
-    with pytest.raises(StoreError, match=r"observation\.state, rows from 16: the checksum"):
-        convert(sample, tmp_path / "s", shard_frames=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "finish", spoil)
+        with pytest.raises(StoreError, match="not what was written: data/state, rows from 16. Check disk"):
+            convert(sample, tmp_path / "s", shard_frames=16)
     assert not (tmp_path / "s").exists()
+    convert(sample, tmp_path / "s", shard_frames=16)  # what differs is converted anew, all else is kept
+    assert files(tmp_path / "s") == files(convert(sample, tmp_path / "t", shard_frames=16).store.path)
+
+
+def test_verification_converts_frames_again(sample, tmp_path, monkeypatch):
+    frame = convert_calvin.convert_frame
+    calls = []
+
+    def fickle(*arguments):
+        calls.append(1)
+        values = frame(*arguments)
+        values["action"] = values["action"] + 1e-3 * (len(calls) == 3)  # one frame is converted wrongly
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_calvin, "convert_frame", fickle)
+        patch.setattr(convert_calvin, "_check_disk", lambda *arguments: None)
+        with pytest.raises(StoreError, match="converting 1 frame again gives other values, first action of row 2"):
+            convert(sample, tmp_path / "s", shard_frames=16)
+    done = convert(sample, tmp_path / "s", shard_frames=16)
+    assert "Verified: 3 episodes and 53 frames in order; checksums of " in done.verification
+    assert "53 frames converted again and equal." in done.verification
+    assert files(tmp_path / "s") == files(convert(sample, tmp_path / "t", shard_frames=16).store.path)
 
 
 def test_cutting_at_damaged_frames():
@@ -518,7 +542,7 @@ if __name__ == "__main__":
 def test_a_killed_parent_takes_its_workers_along_and_bytes_do_not_depend_on_processes(sample, tmp_path):
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL)
-    target, journal = tmp_path / "s", partial_folder(tmp_path / "s") / "checksums.jsonl"
+    target, journal = tmp_path / "s", partial_folder(tmp_path / "s") / "journal.jsonl"
     child = subprocess.Popen([sys.executable, script, sample, target], stdout=subprocess.DEVNULL)
     wait_for(journal.exists)
     workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")

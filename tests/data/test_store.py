@@ -96,7 +96,7 @@ def test_what_is_written_is_read(tmp_path):
     assert group["data/point_cloud"].chunks[0] == 4
     again = pickle.loads(pickle.dumps(store))
     assert again.fingerprint == store.fingerprint
-    assert again.fingerprint == again._fingerprint()
+    assert again.fingerprint == again.compute_fingerprint()
 
 
 def test_killed_writer_continues_to_the_same_bytes(tmp_path):
