@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--scene", choices=("A", "B", "C", "D", ""), default="", help="scene, where the recordings do not say")
     add("--processes", type=int, default=None, help="worker processes; all usable cores if not given")
     add("--strict", action="store_true", help="stop at the first damaged item")
+    add(
+        "--verify",
+        action="store_true",
+        help="convert nothing: verify STORE, however old, with the settings noted in it, against ROOT where it is there",
+    )
     policy = formats.add_parser(
         "lerobot-policy",
         help="a checkpoint of ACT or Diffusion Policy, for LeRobot",
@@ -96,14 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     lerobot.add_argument("--pictures", choices=("av1", "h264", "png"), default="av1", help="video, or PNG in the parquet files")
     lerobot.add_argument("--rate", type=int, help="frames per second, where the store does not say")
     lerobot.add_argument("--robot", help="name of the robot")
+    lerobot.add_argument(
+        "--verify", action="store_true", help="convert nothing: verify FOLDER, however old, against STORE where it is there"
+    )
     return parser
 
 
-def _lerobot(store: str, folder: str, pictures: str, rate: int | None, robot: str | None) -> int:
+def _lerobot(store: str, folder: str, pictures: str, rate: int | None, robot: str | None, verify: bool) -> int:
     from lightning_robot.console import counted, say
-    from lightning_robot.data.convert_lerobot import convert_to_lerobot
+    from lightning_robot.data.convert_lerobot import convert_to_lerobot, verify_conversion
 
     try:
+        if verify:
+            say(f"{folder}: {verify_conversion(store, folder)}")
+            return 0
         dataset, outcome = convert_to_lerobot(store, folder, pictures=pictures, rate=rate, robot=robot)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"convert lerobot: {error}", file=sys.stderr)
@@ -129,17 +140,20 @@ def _lerobot_policy(checkpoint: str, folder: str, weights: Any) -> int:
     return 0
 
 
-def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence[float], **values) -> int:
+def _calvin(root: str, store: str, crop: Sequence[float], pixel_offset: Sequence[float], verify: bool, **values) -> int:
     from dataclasses import fields
 
     from lightning_robot.console import counted, say
     from lightning_robot.data.calvin_frames import CalvinSettings
-    from lightning_robot.data.convert_calvin import convert_calvin
+    from lightning_robot.data.convert_calvin import convert_calvin, verify_calvin
 
     names = {field.name for field in fields(CalvinSettings)}
     kept = {name: value for name, value in values.items() if name in names}
     rest = {name: value for name, value in values.items() if name not in names}
     try:
+        if verify:
+            say(f"{store}: {verify_calvin(root, store, scene=values['scene'], processes=values['processes'])}")
+            return 0
         x0, y0, z0, x1, y1, z1 = crop
         column, row = pixel_offset
         settings = CalvinSettings(crop=((x0, y0, z0), (x1, y1, z1)), pixel_offset=(column, row), **kept)

@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--policy", metavar="CHECKPOINT", help="let this policy act instead of the expert")
     result.add_argument("--weights", choices=("ema", "raw"), help="of the policy (default: averaged ones where there are any)")
     result.add_argument("--device", default="cpu", help="where the policy computes (default cpu)")
+    result.add_argument(
+        "--verify",
+        action="store_true",
+        help="generate nothing: verify STORE, however old, and attempt two of its episodes again (--policy, --weights and "
+        "--device count, what else was set is noted in it)",
+    )
     what = result.add_argument_group("the environment's own options (default: the environment's)")
     what.add_argument("--scene", help="scene of the play table: A, B, C or D")
     what.add_argument("--points", type=int, help="points of a cloud")
@@ -79,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lightning_robot.generation.generate import generate
 
     try:
+        if arguments.verify:
+            from lightning_robot.generation.verification import verify_generation
+
+            told = verify_generation(
+                arguments.store, policy=arguments.policy, weights=arguments.weights, device=arguments.device
+            )
+            print(f"{arguments.store}: {told}")
+            return 0
         generate(
             arguments.store,
             env=arguments.env,

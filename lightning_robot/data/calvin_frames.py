@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,13 @@ class CalvinSettings:
             source=source
             | {"cameras": ", ".join(f"{name} {item.height}x{item.width}" for name, item in sorted(CAMERAS.items()))},
         )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CalvinSettings:
+        """The settings that `to_dict` made plain."""
+        (low, high), (column, row) = values["crop"], values["pixel_offset"]
+        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+        return cls(**{**known, "crop": (tuple(low), tuple(high)), "pixel_offset": (column, row)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, with the rows and columns that `size` stands for."""

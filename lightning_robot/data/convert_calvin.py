@@ -48,7 +48,7 @@ from lightning_robot.data.calvin_files import (
 )
 from lightning_robot.data.calvin_frames import CalvinSettings, check_depth, check_frame, convert_frame
 from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter, partial_folder
-from lightning_robot.data.verification import outcome
+from lightning_robot.data.verification import outcome, verify_store
 from lightning_robot.data.workers import append_line, claimed, read_lines, run_tasks, usable_cores
 
 CHECK_BLOCK = 512  # frames per task of the check
@@ -204,6 +204,43 @@ def convert_calvin(
     for line in report.lines():
         say(line)
     return Conversion(finished, report.damage, outcome(finished, f"{counted(compared, 'frame')} converted again and equal"))
+
+
+def verify_calvin(root: str | Path, store: str | Path, *, scene: str = "", processes: int | None = None) -> str:
+    """Verifies a converted store, however old: counts, order, checksums, sampled frames converted again.
+
+    Args:
+        root: the recordings that it was converted from; without them no frame is compared.
+        store: that was converted.
+        scene: as it was given to the conversion.
+        processes: worker processes; all usable cores when None.
+
+    Returns:
+        the outcome in one sentence.
+
+    Raises:
+        StoreError: says what is wrong with the store.
+        CalvinError: the recordings cannot be read.
+    """
+    root, written = Path(root).expanduser().absolute(), EpisodeStore.open(store)
+    processes = processes or usable_cores()
+    if "source_frames" not in written.provenance:
+        raise StoreError(f"{written.path} was not converted from CALVIN: its provenance names no frames of recordings.")
+    stretches = [Stretch(SPLITS.index(split), first, last) for split, first, last in written.provenance["source_frames"]]
+    if list(accumulate(map(len, stretches))) != written.episode_ends.tolist():
+        raise StoreError(f"{written.path}: its episodes are not as long as the recorded ones that it names. It was changed.")
+    verify_store(written, processes)
+    if not root.is_dir():
+        return outcome(written, f"no frame was compared with its recording, {root} is not there")
+    settings = CalvinSettings.from_dict(written.provenance["settings"])
+    found = find_splits(root, {SPLITS[stretch.split] for stretch in stretches})
+    if missing := {stretch.split for stretch in stretches} - {split.number for split in found}:
+        raise StoreError(
+            f"{written.path} was not made from {root}, which holds no {' and no '.join(SPLITS[n] for n in missing)}."
+        )
+    compared, faults = _convert_again(_plan(found, stretches, settings, scene, Report(False)), written, processes)
+    _refuse(written, faults)
+    return outcome(written, f"{counted(compared, 'frame')} converted again and equal")
 
 
 def _plan(found: Sequence[Split], stretches: Sequence[Stretch], settings: CalvinSettings, scene: str, report: Report) -> _Plan:
@@ -425,7 +462,7 @@ def _convert_shard(shared: tuple[_Plan, StoreWriter], start: int) -> int:
 
 
 def _convert_again(plan: _Plan, store: EpisodeStore, processes: int) -> tuple[int, list[tuple[str, int]]]:
-    """Converts sampled frames again, first and last ones of episodes among them; their number, and (key, row) of differences."""
+    """Converts sampled frames again, edges of episodes among them; returns their number, and (key, row) of differences."""
     episodes = np.unique(np.linspace(0, len(plan.ends) - 1, 8).astype(np.int64))
     edges = np.concatenate([store.episode_starts[episodes], store.episode_ends[episodes] - 1])
     rows = np.union1d(edges, np.linspace(0, store.num_frames - 1, VERIFIED_FRAMES).astype(np.int64))
@@ -449,8 +486,9 @@ def _refuse(store: EpisodeStore, faults: list[tuple[str, int]]) -> None:
     if faults:
         key, row = faults[0]
         raise StoreError(
-            f"{store.path}: converting {counted(len(faults), 'frame')} again gives other values, first {key} of row {row}. Were "
-            "the recordings changed? If not, check disk and memory, then run the same again: what differs is converted anew."
+            f"{store.path}: converting the sampled frames again gives other values, first {key} of row {row}. Were the "
+            "recordings changed? If not, check disk and memory, and convert again: a conversion that was interrupted "
+            "here converts these frames anew."
         )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from lightning_robot.console import progress
-from lightning_robot.data.frame_sample import FrameSample
+from lightning_robot.data.frame_sample import REMEDY, FrameSample
 from lightning_robot.data.lerobot_folder import LeRobotFolder
-from lightning_robot.data.store import EpisodeStore, partial_folder
+from lightning_robot.data.store import EpisodeStore, StoreError, partial_folder
+from lightning_robot.data.verification import outcome, verify_lerobot
 from lightning_robot.data.workers import claimed
 from lightning_robot.data.write_lerobot import LeRobotWriter
 
@@ -56,8 +57,47 @@ def convert_to_lerobot(
             arrays = {key: source.read(key, slice(start, end)) for key in keys}
             sample.take(arrays)
             writer.append(arrays, texts[start:end])
-        dataset = LeRobotFolder.open(writer.finish())
-        return dataset, sample.compare(dataset, np.diff(source.episode_ends, prepend=0).tolist(), lossy=True)
+        compared = ""
+
+        def check(written: Path) -> None:
+            nonlocal compared
+            compared = _compare(source, sample, LeRobotFolder.open(written), pictures)
+
+        dataset = LeRobotFolder.open(writer.finish(check))
+    return dataset, outcome(dataset, compared)
+
+
+def verify_conversion(store: str | Path, folder: str | Path) -> str:
+    """Verifies a LeRobot dataset that was made of a store, however old: counts, order, sentences, checksums, sampled frames.
+
+    Args:
+        store: that it was made of; without it no frame is compared.
+        folder: the dataset.
+
+    Returns:
+        the outcome in one sentence.
+
+    Raises:
+        StoreError: says what is wrong with the dataset.
+    """
+    dataset = LeRobotFolder.open(folder)
+    verify_lerobot(dataset)
+    if not Path(store).expanduser().exists():
+        return outcome(dataset, f"no frame was compared with its source, {store} is not there")
+    source = EpisodeStore.open(store)
+    if dataset.notes.get("provenance", {}).get("store", source.fingerprint) != source.fingerprint:
+        raise StoreError(f"{dataset.path} was made of another store than {source.path}: their fingerprints differ.")
+    sample = FrameSample.of(source, (*source.features.observations, "action"))
+    video = next((camera.is_video for camera in dataset.cameras.values()), False)
+    return outcome(dataset, _compare(source, sample, dataset, "video" if video else "png"))
+
+
+def _compare(source: EpisodeStore, sample: FrameSample, dataset: LeRobotFolder, pictures: str) -> str:
+    compared = sample.compare(dataset, np.diff(source.episode_ends, prepend=0).tolist(), pictures)
+    wrong = [row for row, text in enumerate(_texts(source)) if dataset.language["texts"][dataset.frame_texts[row]] != text]
+    if wrong:
+        raise StoreError(f"{dataset.path}: frame {wrong[0]} has another sentence than in {source.path}. {REMEDY}")
+    return compared
 
 
 def _texts(source: EpisodeStore) -> list[str]:

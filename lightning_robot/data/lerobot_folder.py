@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_robot.console import progress, say
 from lightning_robot.data.cache import writable_folder
-from lightning_robot.data.lerobot_meta import INFO, OWN_NOTES, Table, read_meta, read_notes
+from lightning_robot.data.lerobot_meta import INFO, NOTES, Table, read_meta, read_notes
 from lightning_robot.data.pictures import Pictures, png_decoder, read_encoded
 from lightning_robot.data.store import StoreError
 from lightning_robot.data.video import DepthCode, VideoFrames, frame_count, video_backend
@@ -234,6 +234,16 @@ class LeRobotFolder:
         return {"texts": self._table.texts, "tasks": self._table.texts, "encoder": None, "embeddings": None}
 
     @property
+    def notes(self) -> dict[str, Any]:
+        """What our own writer noted besides: ``features``, ``provenance``, ``checksums``; empty for other writers."""
+        return read_notes(self.path)
+
+    @property
+    def checksums(self) -> dict[str, Any] | None:
+        """See `lightning_robot.data.lerobot_checksums`; None where there are none."""
+        return self.notes.get("checksums")
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Version and robot."""
         return {"codebase_version": self.info["codebase_version"], "robot_type": self.info.get("robot_type")}
@@ -246,12 +256,12 @@ class LeRobotFolder:
     @cached_property
     def _noted(self) -> Features | None:
         """The features that our writer was given; None for a dataset that somebody else wrote."""
-        notes = read_notes(self.path)
+        notes = self.notes
         try:
             return Features.from_dict(notes["features"]) if "features" in notes else None
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
-                f"{self.path / OWN_NOTES} is damaged ({error}). Copy it again; without the file the dataset is read as one "
+                f"{self.path / NOTES} is damaged ({error}). Copy it again; without the file the dataset is read as one "
                 "that does not say its units."
             ) from error
 

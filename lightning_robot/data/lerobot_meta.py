@@ -13,7 +13,7 @@ from lightning_robot.console import say
 from lightning_robot.data.store import StoreError
 
 INFO = "meta/info.json"
-OWN_NOTES = "meta/lightning_robot.json"
+NOTES = "meta/lightning_robot.json"
 """What our stores know beyond LeRobot's format, in the datasets that we write: ``features`` and ``provenance``."""
 FROM_VERSION = {
     3: {
@@ -63,12 +63,12 @@ def read_meta(path: Path) -> tuple[dict[str, Any], Table]:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """Content of `OWN_NOTES`; empty for a dataset that somebody else wrote.
+    """Content of `NOTES`; empty for a dataset that somebody else wrote.
 
     Raises:
         StoreError: the file is damaged.
     """
-    notes = _read_json(path / OWN_NOTES) if (path / OWN_NOTES).exists() else {}
+    notes = read_json(path / NOTES) if (path / NOTES).exists() else {}
     return notes if isinstance(notes, dict) else {}
 
 
@@ -76,7 +76,7 @@ def _major(info: dict[str, Any]) -> int:
     return int(str(info["codebase_version"]).lstrip("v").split(".")[0])
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -100,7 +100,7 @@ def _read_info(path: Path) -> dict[str, Any]:
             f"There is no dataset at {path}. Set data.init_args.root to a LeRobot folder (it holds meta/info.json), or "
             "data.init_args.repo_id to download one."
         )
-    info = _read_json(path / INFO)
+    info = read_json(path / INFO)
     if not isinstance(info, dict):
         raise StoreError(f"{path / INFO} is damaged: it holds no settings but {info!r:.40}. Copy or download it again.")
     for name in ("codebase_version", "fps", "features", "total_episodes", "total_frames"):

@@ -2,7 +2,7 @@
 
     <name>/
       meta/info.json, stats.json, tasks.parquet, episodes/chunk-000/file-000.parquet
-      meta/lightning_robot.json      what our stores know besides: features with units and kinds, provenance
+      meta/lightning_robot.json      what our stores know besides: features with units and kinds, provenance; checksums
       data/chunk-000/file-000.parquet
       videos/<camera>/chunk-000/file-000.mp4
 
@@ -16,14 +16,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_robot.data.cache import writable_folder
 from lightning_robot.data.clips import DEPTH, DEPTH_ENCODING, ENCODINGS, depth_codes, join_clips, write_clip
-from lightning_robot.data.lerobot_meta import OWN_NOTES
+from lightning_robot.data.lerobot_checksums import changed_parts, column_checksum, noted_checksums
+from lightning_robot.data.lerobot_meta import NOTES
 from lightning_robot.data.store import StoreError, partial_folder
 from lightning_robot.features import Feature, Features
 
@@ -97,6 +99,7 @@ class LeRobotWriter:
         self._tasks: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []  # of meta/episodes
         self._summaries: dict[str, list[_Summary]] = {name: [] for name in (*self._keys, *COUNTERS)}
+        self._checksums: dict[str, int] = {}
         self._frames = 0
         self._data = _DataFiles(self._dataset, self._schema())
 
@@ -148,7 +151,10 @@ class LeRobotWriter:
                 else:
                     write_clip(clip, stored, self.rate, ENCODINGS[self.pictures])
         summaries |= {name: _Values(values.reshape(length, 1, 1)) for name, values in counters.items()}
-        place = self._data.write(self._table(columns | counters))
+        table = self._table(columns | counters)
+        for name in table.column_names:
+            self._checksums[name] = column_checksum(table.column(name), self._checksums.get(name, 0))
+        place = self._data.write(table)
         row: dict[str, Any] = {
             "episode_index": number,
             "tasks": list(dict.fromkeys(sentences)),
@@ -164,11 +170,14 @@ class LeRobotWriter:
         self._rows.append(row)
         self._frames += length
 
-    def finish(self) -> Path:
-        """Completes the dataset, renames it to its place and returns that.
+    def finish(self, check: Callable[[Path], None] | None = None) -> Path:
+        """Completes the dataset, verifies it, renames it to its place and returns that.
+
+        Args:
+            check: gets the folder before it is renamed; raises `StoreError` where something in it is wrong.
 
         Raises:
-            StoreError: no episode was appended.
+            StoreError: no episode was appended, or what is read back is not what was written.
         """
         if not self._rows:
             raise StoreError(f"{self.path}: nothing to write (no episode).")
@@ -182,11 +191,25 @@ class LeRobotWriter:
         self._write_tasks(meta / "tasks.parquet")
         statistics = {key: type(parts[0]).merged(parts).statistics() for key, parts in self._summaries.items()}
         (meta / "stats.json").write_text(json.dumps(statistics, indent=1))
-        (self._dataset / OWN_NOTES).write_text(json.dumps(self._notes, indent=1))
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4))  # last: it makes the folder a dataset
+        noted = noted_checksums(self._dataset, self._checksums)
+        (self._dataset / NOTES).write_text(json.dumps(self._notes | {"checksums": noted}, indent=1))
         for file in sorted(self._dataset.rglob("*")):
             if file.is_file():
                 _sync(file)
+        try:
+            if changed := changed_parts(self._dataset, noted):
+                raise StoreError(
+                    f"{self._dataset}: what is read back is not what was written: {', '.join(changed)}. Check disk and memory, "
+                    "then run the same again: it is written anew."
+                )
+            if check is not None:
+                check(self._dataset)
+        except StoreError:
+            shutil.rmtree(self._clips, ignore_errors=True)  # all else is written again anyway
+            raise
+        finally:
+            shutil.rmtree(writable_folder(self._dataset), ignore_errors=True)  # what reading back may have laid down
         os.rename(self._dataset, self.path)
         _sync(self.path.parent)
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 from lightning_robot.console import progress
 from lightning_robot.data.frame_sample import FrameSample
 from lightning_robot.data.lerobot_folder import LeRobotFolder
+from lightning_robot.data.lerobot_meta import NOTES
 from lightning_robot.data.store import EpisodeStore, StoreError, StoreWriter
-from lightning_robot.data.write_lerobot import OWN_NOTES, LeRobotWriter
+from lightning_robot.data.verification import outcome
+from lightning_robot.data.write_lerobot import LeRobotWriter
 from lightning_robot.generation.attempts import Attempt, attempt_file, read_arrays, task_texts
 from lightning_robot.generation.jobs import Jobs
 from lightning_robot.transforms.text import text_encoder
@@ -45,17 +48,15 @@ def pack(path: Path, folder: Path, jobs: Jobs, settings: dict[str, Any], env: gy
     }
     sample = FrameSample(sum(episode.length for episode in episodes))
     if settings["output"] == "zarr":
-        dataset: Any = _pack_zarr(path, folder, episodes, jobs.tasks, env, provenance, sample)
-    else:
-        dataset = _pack_lerobot(path, folder, episodes, env, provenance, sample)
-    return sample.compare(dataset, [episode.length for episode in episodes], lossy=settings["output"] != "zarr")
+        return outcome(*_pack_zarr(path, folder, episodes, jobs.tasks, env, provenance, sample))
+    return outcome(*_pack_lerobot(path, folder, episodes, env, provenance, sample))
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """What `pack` noted in a finished dataset; empty for a dataset that somebody else wrote, or for none."""
     try:
         if (path / "meta/info.json").is_file():
-            return json.loads((path / OWN_NOTES).read_text())["provenance"]
+            return json.loads((path / NOTES).read_text())["provenance"]
         return EpisodeStore.open(path).provenance
     except (StoreError, OSError, KeyError, ValueError):
         return {}
@@ -69,8 +70,8 @@ def _pack_zarr(
     env: gymnasium.Env,
     provenance: dict[str, Any],
     sample: FrameSample,
-) -> EpisodeStore:
-    """As a store, one segment per episode."""
+) -> tuple[EpisodeStore, str]:
+    """As a store, one segment per episode; and what was compared."""
     source: Any = env.unwrapped
     texts, task_of_text = [], []
     for task in tasks:
@@ -81,7 +82,7 @@ def _pack_zarr(
     lengths = np.array([episode.length for episode in episodes], np.int64)
     ends = np.cumsum(lengths)
     rows = [row[episode.task, episode.text] for episode in episodes]
-    first = _stored(read_arrays(attempt_file(folder, episodes[0].seed)))
+    first = stored_layout(read_arrays(attempt_file(folder, episodes[0].seed)))
     writer = StoreWriter(
         path,
         {key: (array.shape[1:], array.dtype) for key, array in first.items()},
@@ -89,15 +90,28 @@ def _pack_zarr(
         {"features": source.features.to_dict(), "provenance": provenance},
     )
     for episode in progress(episodes, description="packing", unit="demonstrations"):
-        arrays = _stored(read_arrays(attempt_file(folder, episode.seed)))
+        arrays = stored_layout(read_arrays(attempt_file(folder, episode.seed)))
         sample.take(arrays)
         writer.append(arrays)
     encoder = text_encoder(provenance["settings"]["encoder"])
-    return writer.finish(
+    compared = ""
+
+    def check(store: EpisodeStore) -> None:
+        nonlocal compared
+        try:
+            compared = sample.compare(store, lengths.tolist())
+        except StoreError:
+            for key, start in product(writer.keys, writer.shards):
+                writer.forget(key, start)
+            raise
+
+    store = writer.finish(
         ends,
         segments=np.stack([ends - lengths, ends, np.array(rows, np.int64)], axis=1),
         language={"texts": texts, "tasks": task_of_text, "encoder": encoder.name, "embeddings": encoder.encode(texts)},
+        check=check,
     )
+    return store, compared
 
 
 def _pack_lerobot(
@@ -107,21 +121,27 @@ def _pack_lerobot(
     env: gymnasium.Env,
     provenance: dict[str, Any],
     sample: FrameSample,
-) -> LeRobotFolder:
-    """As a LeRobot dataset."""
+) -> tuple[LeRobotFolder, str]:
+    """As a LeRobot dataset; and what was compared."""
     source: Any = env.unwrapped
     pictures = provenance["settings"]["output"].removeprefix("lerobot ")
     writer = LeRobotWriter(
         path, source.features, pictures=pictures, robot=source.features.source.get("robot"), provenance=provenance
     )
     for episode in progress(episodes, description="encoding", unit="demonstrations"):
-        arrays = _stored(read_arrays(attempt_file(folder, episode.seed)))
+        arrays = stored_layout(read_arrays(attempt_file(folder, episode.seed)))
         sample.take(arrays)
         writer.append(arrays, episode.text)
-    return LeRobotFolder.open(writer.finish())
+    compared = ""
+
+    def check(written: Path) -> None:
+        nonlocal compared
+        compared = sample.compare(LeRobotFolder.open(written), [episode.length for episode in episodes], pictures)
+
+    return LeRobotFolder.open(writer.finish(check)), compared
 
 
-def _stored(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def stored_layout(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Batch layout to that of stores: pictures with channels last, depth without channel."""
     stored = {}
     for key, array in arrays.items():

@@ -417,7 +417,7 @@ def test_verification_finds_what_changed_on_the_disk(sample, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "finish", spoil)
-        with pytest.raises(StoreError, match="not what was written: data/state, rows from 16. Check disk"):
+        with pytest.raises(StoreError, match="not what was written: data/state, rows from 16"):
             convert(sample, tmp_path / "s", shard_frames=16)
     assert not (tmp_path / "s").exists()
     convert(sample, tmp_path / "s", shard_frames=16)  # what differs is converted anew, all else is kept
@@ -437,11 +437,12 @@ def test_verification_converts_frames_again(sample, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(convert_calvin, "convert_frame", fickle)
         patch.setattr(convert_calvin, "_check_disk", lambda *arguments: None)
-        with pytest.raises(StoreError, match="converting 1 frame again gives other values, first action of row 2"):
+        with pytest.raises(StoreError, match="gives other values, first action of row 2"):
             convert(sample, tmp_path / "s", shard_frames=16)
     done = convert(sample, tmp_path / "s", shard_frames=16)
-    assert "Verified: 3 episodes and 53 frames in order; checksums of " in done.verification
-    assert "53 frames converted again and equal." in done.verification
+    assert done.verification == (
+        "Verified: 3 episodes and 53 frames in order; 6 checksums hold; 53 frames converted again and equal."
+    )
     assert files(tmp_path / "s") == files(convert(sample, tmp_path / "t", shard_frames=16).store.path)
 
 

@@ -29,8 +29,9 @@ class WalkRight(Policy, LightningModule):
         return torch.cat([moves, torch.ones(len(moves), 4, 1)], dim=2)[:, None]
 
 
-def save(path, noise=0.3):
+def save(path, noise=0.3, speed=0.8):
     policy = WalkRight(noise)
+    policy.speed.data.fill_(speed)
     checkpoint = {"format": 1, "class_path": "fake_walking_policy.WalkRight", "hyper_parameters": {"noise": noise}}
     torch.save({**checkpoint, "state_dict": policy.state_dict()}, path)
     return path
