@@ -209,7 +209,13 @@ class EpisodeDataModule(LightningDataModule):
             return []
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpisodeBatchSampler(
-            len(self.validation_windows), self.batch_size, rank=rank, world_size=world_size, shuffle=False
+            len(self.validation_windows),
+            self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            shuffle=False,
+            valid_steps=self.validation_windows.valid_steps(),
+            optimizing=False,
         )
         return self._loader(self.validation_windows, sampler)
 
@@ -482,7 +488,14 @@ class EpisodeDataModule(LightningDataModule):
         accumulate = trainer.accumulate_grad_batches if trainer is not None else 1
         seed = (self.seed, int(os.environ.get("PL_GLOBAL_SEED", "0"))) if self._resume is None else tuple(self._resume["seed"])
         return EpisodeBatchSampler(
-            len(self.train_windows), self.batch_size, seed, rank, world_size, accumulate, drop_last=self.drop_last
+            len(self.train_windows),
+            self.batch_size,
+            seed,
+            rank,
+            world_size,
+            accumulate,
+            drop_last=self.drop_last,
+            valid_steps=self.train_windows.valid_steps(),
         )
 
     def _loader(self, windows: WindowDataset, sampler: EpisodeBatchSampler) -> DataLoader:

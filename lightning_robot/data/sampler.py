@@ -8,6 +8,23 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
+class WindowBatch(list[int]):
+    """Window numbers of one rank's batch, and what its losses are divided by.
+
+    A mean over its own rows would weigh them by how many rows the rank happens to have, and a mean over its steps within the
+    episode by how many of those: the gradient would depend on how an optimizer step is cut into ranks and batches. Both
+    numbers are therefore those of the whole optimizer step, divided by ranks times accumulated batches, as the trainer does.
+
+    Attributes:
+        mean_rows: windows.
+        mean_steps: action steps within the episode; None where the sampler does not know them.
+    """
+
+    def __init__(self, windows: list[int], mean_rows: float, mean_steps: float | None) -> None:
+        super().__init__(windows)
+        self.mean_rows, self.mean_steps = mean_rows, mean_steps
+
+
 class EpisodeBatchSampler(Sampler[list[int]]):
     """Batches of window numbers for one rank.
 
@@ -23,6 +40,8 @@ class EpisodeBatchSampler(Sampler[list[int]]):
     A resumed epoch continues behind the windows that were consumed, however many ranks consumed them: no window is repeated
     or lost. (Fewer windows than ranks, in all or to resume with, are repeated: a rank without a batch would wait for ever.)
     Lightning calls `set_epoch` on a batch sampler's `sampler` only, therefore this is its own.
+
+    Batches are `WindowBatch`: they know what their losses are divided by.
     """
 
     def __init__(
@@ -35,6 +54,8 @@ class EpisodeBatchSampler(Sampler[list[int]]):
         accumulate: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
+        valid_steps: np.ndarray | None = None,
+        optimizing: bool = True,
     ) -> None:
         """Describes the batches.
 
@@ -47,6 +68,9 @@ class EpisodeBatchSampler(Sampler[list[int]]):
             accumulate: batches per optimizer step.
             shuffle: a new permutation every epoch; the order of the windows otherwise.
             drop_last: leave out a smaller last batch.
+            valid_steps: (num_windows,) action steps of each window that lie within its episode.
+            optimizing: losses are divided by the numbers of their optimizer step; else, for losses that are averaged over
+                batches weighted by rows, by their own rows and the mean number of steps of all windows.
 
         Raises:
             ValueError: not a single batch (or optimizer step) comes together.
@@ -56,6 +80,7 @@ class EpisodeBatchSampler(Sampler[list[int]]):
         self.num_windows, self.batch_size, self.seed = num_windows, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.shuffle, self.drop_last = shuffle, drop_last
+        self.valid_steps, self.optimizing = valid_steps, optimizing
         self.epoch = 0
         self._resumed_epoch, self._resumed_at = -1, 0
         self._length = len(self._sizes(num_windows))
@@ -114,7 +139,20 @@ class EpisodeBatchSampler(Sampler[list[int]]):
         order = np.resize(order, max(len(order), self.world_size))  # never a rank without a window
         stops = np.cumsum(self._sizes(self.num_windows - begin), dtype=np.int64)
         # The order is fixed here, not when the first batch is asked for: by then the epoch may have been set to another.
-        return (order[start + self.rank : stop : self.world_size].tolist() for start, stop in zip((0, *stops), stops))
+        return (self._batch(order, stops, number) for number in range(len(stops)))
+
+    def _batch(self, order: np.ndarray, stops: np.ndarray, number: int) -> WindowBatch:
+        """This rank's part of a global batch."""
+        start = stops[number - 1] if number else 0
+        own = order[start + self.rank : stops[number] : self.world_size].tolist()
+        if not self.optimizing:
+            rows = float(len(own))
+            return WindowBatch(own, rows, None if self.valid_steps is None else rows * float(self.valid_steps.mean()))
+        first = number - number % self.accumulate
+        begin, end = stops[first - 1] if first else 0, stops[first + self.accumulate - 1]
+        parts = self.accumulate * self.world_size
+        steps = None if self.valid_steps is None else int(self.valid_steps[order[begin:end]].sum()) / parts
+        return WindowBatch(own, (end - begin) / parts, steps)
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lightning_robot.data.sampler import WindowBatch
 from lightning_robot.data.workers import usable_cores
 
 
@@ -162,11 +163,19 @@ class WindowDataset(Dataset):
         batch["episode_index"] = torch.from_numpy(episode[:, 0])
         batch["segment_index"] = torch.from_numpy(segment[:, 0])
         batch["frame_index"] = torch.from_numpy((begins - self.episode_starts[episode])[:, 0])
+        if isinstance(indices, WindowBatch):
+            batch["mean_rows"], batch["mean_steps"] = indices.mean_rows, indices.mean_steps
         if self.language is not None:
             chosen_texts = text[:, 0] if self.frame_texts is None else self.frame_texts[rows[:, -1]]
             batch["task"] = [self.language["texts"][row] for row in chosen_texts]
             batch["task_embedding"] = self.language["embeddings"][torch.from_numpy(chosen_texts)]
         return batch
+
+    def valid_steps(self) -> np.ndarray:
+        """(K,) action steps of each window that lie within its span: the false entries of its ``action_is_pad``."""
+        low, high = self.spans[self.span, 0], self.spans[self.span, 1]
+        begin, end = self.begins + self.action_steps[0], self.begins + self.action_steps[-1] + 1
+        return np.maximum(0, np.minimum(end, high) - np.maximum(begin, low))
 
     def used_texts(self) -> list[int]:
         """Numbers of the texts that the spans' frames have, sorted."""

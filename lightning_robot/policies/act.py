@@ -267,10 +267,16 @@ class ACT(ImitationPolicy):
         batch = self.on_before_batch_transfer(batch, 0)
         noise = batch["latent_noise"].to(self.device) if self.training and self.hparams["use_vae"] else None
         actions = self.normalizer.normalize("action", batch["action"])
-        return self._loss(self.observed(batch), actions, batch["action_is_pad"], noise)
+        divisors = {key: batch[key] for key in ("mean_rows", "mean_steps") if key in batch}
+        return self._loss(self.observed(batch), actions, batch["action_is_pad"], noise, divisors)
 
     def _loss(
-        self, observed: dict[str, Any], actions: Tensor, is_pad: Tensor, noise: Tensor | None
+        self,
+        observed: dict[str, Any],
+        actions: Tensor,
+        is_pad: Tensor,
+        noise: Tensor | None,
+        divisors: dict[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of normalised values.
 
@@ -279,21 +285,24 @@ class ACT(ImitationPolicy):
             actions: (B, K, A).
             is_pad: (B, K) bool: steps outside the episode.
             noise: (B, L) standard normal; None takes the latent at zero and leaves out the divergence.
+            divisors: the batch's ``mean_rows`` and ``mean_steps``, where it is a part of an optimizer step.
 
         Returns:
             The loss, and its parts ``l1`` and, with noise, ``kl``.
         """
         latent = divergence = None
+        part = {"action_is_pad": is_pad, **(divisors or {})}
         if noise is not None:
             assert self.network.posterior is not None  # the noise is there with `use_vae` alone
-            mean, log_variance = (part.to(actions.dtype) for part in self.network.posterior(observed["state"], actions, is_pad))
+            mean, log_variance = (half.to(actions.dtype) for half in self.network.posterior(observed["state"], actions, is_pad))
             latent = mean + (0.5 * log_variance).exp() * noise
-            divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
-        error = (actions - self.network(latent, **observed)).abs() * ~is_pad.unsqueeze(2)
+            divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1)
+            divergence = self.mean_over_rows(divergence, part)
+        error = (actions - self.network(latent, **observed)).abs()
         if self.hparams["reduction"] == "all":
-            l1 = error.mean()
+            l1 = self.mean_over_rows(error * ~is_pad.unsqueeze(2), part)
         else:
-            l1 = error.sum() / ((~is_pad).sum() * error.shape[2]).clamp_min(1)
+            l1 = self.mean_over_valid_steps(error, part)
         if divergence is None:
             return l1, {"l1": l1.detach()}
         return l1 + self.hparams["kl_weight"] * divergence, {"l1": l1.detach(), "kl": divergence.detach()}

@@ -125,9 +125,8 @@ class ActionDiffusion(ImitationPolicy):
         target = clean if self.prediction == "sample" else noise.to(clean.dtype)
         error = (output.to(clean.dtype) - target).square()
         if not self.mask_padding:
-            return error.mean()
-        valid = ~batch["action_is_pad"].unsqueeze(2)
-        return (error * valid).sum() / (valid.sum() * error.shape[2]).clamp_min(1)
+            return self.mean_over_rows(error, batch)
+        return self.mean_over_valid_steps(error, batch)
 
     def encode(self, observation: dict[str, Any]) -> Tensor:
         """The vector that the network is conditioned on.

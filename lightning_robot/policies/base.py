@@ -296,10 +296,35 @@ class ImitationPolicy(Policy, LightningModule):
     def _logged_loss(self, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> Tensor:
         loss, parts = self.compute_loss(self.transforms.apply(batch))
         values = {f"{stage}/loss": loss.detach()} | {f"{stage}/{name}": part for name, part in parts.items()}
+        if stage == "train" and self.trainer.world_size > 1:
+            # Not by sync_dist: it would make the host wait for the device in every step.
+            shared = torch.stack(list(values.values())) / self.trainer.world_size
+            torch.distributed.all_reduce(shared)
+            values = dict(zip(values, shared))
         # Times the ranks: the mean over them, rows / ranks, stays a whole number. Lightning cuts off what is behind the point.
         rows = len(batch["action"]) * self.trainer.world_size
         self.log_dict(values, batch_size=rows, on_step=stage == "train", sync_dist=stage != "train")
         return loss
+
+    def mean_over_rows(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Mean of `values` (B, ...), to be averaged over the ranks and batches of an optimizer step.
+
+        Where the batch says of how many rows it is a part (``mean_rows``), the average is that of all rows, whether or not the
+        batches have equally many.
+        """
+        return values.mean() * (len(values) / batch["mean_rows"]) if "mean_rows" in batch else values.mean()
+
+    def mean_over_valid_steps(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Mean of `values` (B, H, A) over the steps within the episode, to be averaged as `mean_over_rows` is.
+
+        Where the batch has ``mean_steps`` the average is that over all such steps of the optimizer step, however they are
+        spread over ranks and batches.
+        """
+        valid = ~batch["action_is_pad"]
+        total = (values * valid.unsqueeze(2)).sum()
+        if batch.get("mean_steps") is not None:
+            return total / (batch["mean_steps"] * values.shape[2] or 1.0)
+        return total / (valid.sum() * values.shape[2]).clamp_min(1)
 
     def window_seeds(self, batch: dict[str, Any]) -> Tensor:
         """(B,) int64 seeds from the run's seed, the epoch and each row's window: nothing hangs on a generator's state.

@@ -1,7 +1,9 @@
 """Shares of ranks are disjoint and complete; a resumed epoch neither repeats nor loses a window."""
 
 import itertools
+import pickle
 
+import numpy as np
 import pytest
 
 from lightning_robot.data.sampler import EpisodeBatchSampler
@@ -94,3 +96,26 @@ def test_fewer_windows_than_ranks_leave_no_rank_without_a_batch():
     ranks = rank_batches(num_windows=2, batch_size=8, world_size=3, shuffle=False)[1]
     assert [len(batches) for batches in ranks] == [1, 1, 1]
     assert all(batches[0] for batches in ranks)
+
+
+@pytest.mark.parametrize(("world_size", "batch_size", "accumulate"), [(1, 8, 2), (2, 4, 2), (1, 4, 4), (4, 2, 2)])
+def test_batches_know_what_their_optimizer_step_consists_of(world_size, batch_size, accumulate):
+    """However 16 windows are cut into ranks and batches, the divisors add up to the same step."""
+    steps = np.random.default_rng(0).integers(0, 9, 31)
+    options = {"world_size": world_size, "batch_size": batch_size, "accumulate": accumulate}
+    ranks = rank_batches(num_windows=31, seed=4, valid_steps=steps, **options)[1]
+    for first in range(0, len(ranks[0]), accumulate):
+        together = [batch for batches in ranks for batch in batches[first : first + accumulate]]
+        windows = list(itertools.chain(*together))
+        assert len(windows) == (16, 15)[first // accumulate]
+        for batch in together:
+            assert batch.mean_rows == len(windows) / (world_size * accumulate)
+            assert batch.mean_steps == steps[windows].sum() / (world_size * accumulate)
+        assert pickle.loads(pickle.dumps(together[0])).mean_rows == together[0].mean_rows  # as workers get it
+
+
+def test_batches_that_are_judged_are_divided_by_their_rows():
+    steps = np.arange(10)
+    batches = rank_batches(num_windows=10, batch_size=4, shuffle=False, valid_steps=steps, optimizing=False)[1][0]
+    assert [(batch.mean_rows, batch.mean_steps) for batch in batches] == [(4, 18), (4, 18), (2, 9)]
+    assert rank_batches(num_windows=4, batch_size=4)[1][0][0].mean_steps is None

@@ -112,6 +112,14 @@ def test_chunk_that_begins_at_the_newest_observation():
         WindowDataset(arrays, spans_of([20]), np.array([0]), window(action_offset=-2), (0, 0))
 
 
+@pytest.mark.parametrize(("offset", "pads"), [(-1, (1, 2)), (0, (0, 5)), (2, (0, 0)), (-1, (6, 6))])
+def test_steps_within_the_episode_are_known_from_the_index(offset, pads):
+    arrays = {"observation.state": np.zeros((20, 1), np.float32), "action": np.zeros((20, 1), np.float32)}
+    data = WindowDataset(arrays, spans_of([5, 20]), np.array([0, 5]), window(action_horizon=6, action_offset=offset), pads)
+    inside = (~data.__getitems__(list(range(len(data))))["action_is_pad"]).sum(1)
+    assert data.valid_steps().tolist() == inside.tolist()
+
+
 def test_images_and_depth_take_the_batch_layout():
     arrays = {
         "observation.images.static": np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3),
