@@ -267,7 +267,7 @@ class ACT(ImitationPolicy):
         batch = self.on_before_batch_transfer(batch, 0)
         noise = batch["latent_noise"].to(self.device) if self.training and self.hparams["use_vae"] else None
         actions = self.normalizer.normalize("action", batch["action"])
-        divisors = {key: batch[key] for key in ("mean_rows", "mean_steps") if key in batch}
+        divisors: dict[str, Any] = {key: batch[key] for key in ("mean_rows", "mean_steps") if key in batch}
         return self._loss(self.observed(batch), actions, batch["action_is_pad"], noise, divisors)
 
     def _loss(
