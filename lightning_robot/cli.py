@@ -295,11 +295,12 @@ class CommandLine(LightningCLI):
 
     def _loggers(self, asked: Any, run: RunDirectory) -> list[Logger]:
         """The metrics file always, TensorBoard unless switched off, then what the configuration asks for."""
-        first_step = None
+        first_step = unlogged = None
         if self.resumed is not None:
-            first_step = read_checkpoint(self.resumed / "checkpoints" / "last.ckpt").get("next_logged_step")
+            checkpoint = read_checkpoint(self.resumed / "checkpoints" / "last.ckpt")
+            first_step, unlogged = checkpoint.get("next_logged_step"), checkpoint.get("unlogged")
         assert self.run_path is not None
-        loggers: list[Logger] = [MetricsFile(self.run_path, first_step)]
+        loggers: list[Logger] = [MetricsFile(self.run_path, first_step, unlogged)]
         if run.tensorboard:
             loggers.append(
                 TensorBoardLogger(self.run_path, name="", version="tensorboard", default_hp_metric=False, purge_step=first_step)

@@ -96,6 +96,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1  # optimizer step that `last` holds
         self._seen_step = 0
         self._updating = False
+        self._waiting = False  # for the end of a validation, to write `last`
         self._checked = False
         self._failure: OSError | RuntimeError | None = None
 
@@ -156,14 +157,24 @@ class Checkpoints(Checkpoint):
         if step == self._seen_step:
             return
         self._seen_step = step
-        # The epoch's last batch is left to the end of the epoch: resuming from here would skip its validation.
+        # Resuming from here would skip a validation that follows: the file is then written after it, at the epoch's last
+        # batch after the epoch.
         last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if self.every_n_steps and step % self.every_n_steps == 0 and not last_batch:
-            self._save_last(trainer)
+            if _validation_follows(trainer):
+                self._waiting = True
+            else:
+                self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        self._save_best(trainer)
+        if self._waiting:
+            self._waiting = False
+            self._save_last(trainer)
+
+    def _save_best(self, trainer: Trainer) -> None:
         assert self.monitor is not None
         if (
             self._evaluation is not None
@@ -312,6 +323,12 @@ class Checkpoints(Checkpoint):
         return f"{path} is whole, of step {self._saved_step if self._saved_step >= 0 else 'the run taken up'}."
 
 
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation comes after the batch that has just ended."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0
+
+
 def settle(fit_loop: dict[str, Any], trainer: Trainer) -> None:
     """Turns the loop state of an interrupted run into one that Lightning resumes between two batches, or before a validation.
 
@@ -331,7 +348,7 @@ def settle(fit_loop: dict[str, Any], trainer: Trainer) -> None:
     zeros = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
     validation["current"].update(zeros)
     # "ready and started, not processed" is how Lightning knows a validation that must be run again.
-    validation["total"].update(zeros | ({"ready": 1, "started": 1} if epoch_done and trainer.validating else {}))
+    validation["total"].update(zeros | ({"ready": 1, "started": 1} if trainer.validating else {}))
     validation["is_last_batch"] = False
 
 

@@ -20,13 +20,14 @@ class MetricsFile(Logger):
     Args:
         directory: the run directory.
         first_step: steps from here on will be logged again (the run resumes there): their rows are dropped.
+        unlogged: the row, with its ``step``, that was to be written just after the checkpoint that the run resumes from.
     """
 
-    def __init__(self, directory: str | Path, first_step: int | None = None) -> None:
+    def __init__(self, directory: str | Path, first_step: int | None = None, unlogged: dict[str, float] | None = None) -> None:
         super().__init__()
         self.path = Path(directory) / "metrics.csv"
         self._columns: list[str] = []
-        self._first_step = first_step
+        self._first_step, self._unlogged = first_step, unlogged
         self._opened = False
 
     @property
@@ -66,15 +67,27 @@ class MetricsFile(Logger):
     def _open(self) -> None:
         self._opened = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows: list[dict[str, str]] = []
         if self.path.exists():
             rows = self._read()
             if self._first_step is not None:
-                kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) < self._first_step]
-                self._rewrite(kept)
+                rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) < self._first_step]
+                self._rewrite(rows)
+        if self._unlogged is not None:
+            self._add_unlogged(rows)
+
+    def _add_unlogged(self, rows: list[dict[str, str]]) -> None:
+        """Writes the row that a kill may have prevented, unless it is there."""
+        assert self._unlogged is not None
+        values = {key: value for key, value in self._unlogged.items() if key not in ("step", "epoch")}
+        step = str(self._unlogged["step"])
+        if not any(row["step"] == step and all(row.get(key) for key in values) for row in rows):
+            self.log_metrics({key: self._unlogged[key] for key in ("epoch", *values)}, int(step))
 
     def _read(self) -> list[dict[str, str]]:
         with self.path.open(newline="") as file:
-            reader = csv.DictReader(file, restval="")
+            # What a full disk cut off has no end of line.
+            reader = csv.DictReader((line for line in file if line.endswith("\n")), restval="")
             rows = [row for row in reader if None not in row and any(value for key, value in row.items() if key != "step")]
             self._columns = list(reader.fieldnames or [])
         return rows

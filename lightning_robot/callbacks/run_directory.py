@@ -107,6 +107,7 @@ class RunDirectory(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["next_logged_step"] = next_logged_step(trainer)
+        checkpoint["unlogged"] = unlogged_row(trainer)
         checkpoint["data_fingerprint"] = getattr(trainer.datamodule, "fingerprint", None)
 
     def _record(self, trainer: Trainer, content: dict[str, Any]) -> None:
@@ -174,6 +175,20 @@ def next_logged_step(trainer: Trainer) -> int:
     # Lightning counts the step after the batch's last hook and after the validation that follows it.
     counted_later = progress.processed == progress.completed + 1 or trainer.validating
     return loop._batches_that_stepped + int(counted_later and not loop._should_accumulate())
+
+
+def unlogged_row(trainer: Trainer) -> dict[str, float] | None:
+    """The row of metrics that the trainer logs once the hooks of the present batch are over, None if there is none.
+
+    A kill between the writing of a checkpoint and the logging of its step would lose it.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    progress: Any = loop.batch_progress.current
+    within_hooks = progress.processed == progress.completed + 1
+    if not within_hooks or loop._should_accumulate() or not connector.should_update_logs:
+        return None
+    row = {name: float(value) for name, value in connector.metrics["log"].items()}  # type: ignore[arg-type]
+    return {"step": loop._batches_that_stepped, "epoch": trainer.current_epoch, **row}
 
 
 def batch_statement(trainer: Trainer) -> dict[str, int]:

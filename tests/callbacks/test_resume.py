@@ -78,12 +78,14 @@ def uninterrupted(tmp_path_factory) -> dict[int, Path]:
         (9, "fail", 1, 0),
         (12, "validating", 1, 0),  # the whole validation is done again
         (6, "validating", 2, 0),
+        (9, "unlogged", 1, 1),  # the checkpoint is written, the step's row of metrics is not
+        (1, "unlogged", 1, 1),  # there is no file of metrics yet
     ],
 )
 def test_losses_continue_step_for_step(step, what, accumulation, every_n_steps, uninterrupted, tmp_path):
     options = [f"--trainer.accumulate_grad_batches={accumulation}", f"--checkpoints.every_n_steps={every_n_steps}"]
     code = _in_a_process(_fit, tmp_path, *options, *_at(step, what))
-    assert code == {"kill": -9, "term": 143, "fail": 1, "validating": 143}[what]
+    assert code == {"kill": -9, "unlogged": -9, "term": 143, "fail": 1, "validating": 143}[what]
     run = (tmp_path / "runs" / "latest").resolve()
     _without_callback(run)
     assert main(["fit", "--resume", str(run)]) == 0
@@ -98,3 +100,24 @@ def test_losses_continue_step_for_step(step, what, accumulation, every_n_steps, 
     assert ours["optimizer_states"][0]["state"][0]["step"] == theirs["optimizer_states"][0]["state"][0]["step"]
     assert ours["callbacks"]["Checkpoints"] == theirs["callbacks"]["Checkpoints"]
     assert len(json.loads((run / "run.json").read_text())["taken_up"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [(9, "kill_validating"), (9, "validating"), (9, "kill"), (10, "kill"), (12, "kill_validating"), (12, "validating")],
+)
+def test_validations_within_epochs_are_neither_lost_nor_repeated(step, what, tmp_path):
+    """Every three of an epoch's six steps, with a checkpoint after every step."""
+    options = ["--trainer.val_check_interval=3", "--checkpoints.every_n_steps=1"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    assert _fit(tmp_path / "whole", *options) == 0
+    assert _in_a_process(_fit, tmp_path / "stopped", *options, *_at(step, what)) in (-9, 143)
+    whole, run = ((tmp_path / name / "runs" / "latest").resolve() for name in ("whole", "stopped"))
+    _without_callback(run)
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert len(_losses(whole)["val/loss"]) == 8
+    assert _losses(run) == _losses(whole)
+    ours, theirs = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (run, whole))
+    assert ours["callbacks"] == theirs["callbacks"]
+    assert all(torch.equal(ours["ema_state_dict"][name], value) for name, value in theirs["ema_state_dict"].items())

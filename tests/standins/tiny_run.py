@@ -197,14 +197,22 @@ class At(Callback):
 
     Args:
         step: after which optimizer step.
-        what: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``fail`` (an exception), ``validating`` (SIGTERM in the validation), or
-            ``starting`` (SIGTERM to the first process before training, while the others are busy).
+        what: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``fail`` (an exception), ``validating`` (SIGTERM in the validation),
+            ``kill_validating`` (SIGKILL there), ``unlogged`` (SIGKILL after the callbacks of a step, before its metrics are
+            logged), or ``starting`` (SIGTERM to the first process before training, while the others are busy).
     """
 
     def __init__(self, step: int, what: str) -> None:
         self.step, self.what = step, what
 
     def setup(self, trainer, pl_module, stage) -> None:
+        if self.what == "unlogged":  # the module's own hook comes after those of all callbacks
+
+            def after_callbacks(*_: Any) -> None:
+                if trainer.global_step == self.step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            pl_module.on_train_batch_end = after_callbacks
         if self.what == "starting":
             name = Path(trainer.default_root_dir) / "other_process"
             if trainer.global_rank > 0:
@@ -222,8 +230,8 @@ class At(Callback):
             os.kill(os.getpid(), signal.SIGKILL if self.what == "kill" else signal.SIGTERM)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if trainer.global_step == self.step and self.what == "validating":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if trainer.global_step == self.step and self.what in ("validating", "kill_validating"):
+            os.kill(os.getpid(), signal.SIGTERM if self.what == "validating" else signal.SIGKILL)
 
 
 def tiny_trainer(folder, *callbacks, **settings):
