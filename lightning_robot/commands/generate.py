@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--points", type=int, help="points of a cloud")
     what.add_argument("--colors", action="store_true", help="clouds with colours")
     what.add_argument("--observations", type=_names, help="what to record, e.g. state,point_cloud,images,depth")
-    what.add_argument("--camera-size", type=int, help="pixels of the play table's pictures, square")
-    what.add_argument("--actions", choices=("relative", "absolute"), help="form of the actions")
+    what.add_argument("--camera-size", type=int, help="pixels of the cameras' pictures, square")
+    what.add_argument("--actions", help="form: relative or absolute (play table), joints or end_effector (SO-101)")
     what.add_argument("--env-kwargs", type=_mapping, default={}, help="further arguments of the environment, as JSON")
     return result
 
@@ -125,12 +125,11 @@ def environment_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     cloud: dict[str, Any] = {"points": arguments.points} if arguments.points is not None else {}
     if arguments.colors:
         cloud["colors"] = True
-    size = arguments.camera_size
     chosen = {
         "scene": arguments.scene,
         "cloud": cloud or None,
         "observations": arguments.observations,
-        "camera_sizes": {"static": size, "gripper": size} if size is not None else None,
+        "camera_sizes": arguments.camera_size,
         "actions": arguments.actions,
     }
     return {**{name: value for name, value in chosen.items() if value is not None}, **arguments.env_kwargs}

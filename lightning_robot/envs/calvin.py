@@ -25,7 +25,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
-from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, noted_sizes, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, CameraSizes, among, finite_vector, noted_sizes, picture_sizes
 from lightning_robot.envs.play_table_model import SCENES
 from lightning_robot.envs.play_table_starts import known_task, sample_scene
 from lightning_robot.features import Features, calvin_features
@@ -77,7 +77,7 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         actions: "relative" or "absolute".
         observations: what an observation holds, of "state", "point_cloud", "depth", "images" and "environment_state".
         cloud: fields of `lightning_robot.points.CloudRecipe`; the pixel offset follows the renderer unless named.
-        camera_sizes: pixels per camera, a number or (height, width); CALVIN's own 200 and 84 by default.
+        camera_sizes: pixels per camera, or of both: a number or (height, width); CALVIN's own 200 and 84 by default.
         max_steps: control steps after which an episode is truncated; CALVIN's evaluation allows 360.
         render_mode: "rgb_array" (the static camera) or None.
         use_egl: OpenGL pictures (needs a GPU driver) instead of the software renderer's.
@@ -100,7 +100,7 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         actions: str = "relative",
         observations: Sequence[str] = ("state", "point_cloud"),
         cloud: Mapping[str, Any] | None = None,
-        camera_sizes: Mapping[str, int | Sequence[int]] | None = None,
+        camera_sizes: CameraSizes | None = None,
         max_steps: int = 360,
         render_mode: str | None = None,
         use_egl: bool = False,
@@ -113,7 +113,6 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             ("actions", actions, ("relative", "absolute")),
             ("render_mode", render_mode, (None, "rgb_array")),
             *(("observations", value, OBSERVATIONS) for value in observations),
-            *(("camera_sizes", value, tuple(NATIVE_SIZES)) for value in camera_sizes or ()),
         ):
             among(name, value, choices)
         if folder is not None and not (Path(folder) / ".hydra" / "merged_config.yaml").is_file():
@@ -128,7 +127,9 @@ class Calvin(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.observations = tuple(observations)
         self.renderer = "egl" if use_egl else "tiny"
         self.recipe = CloudRecipe.from_dict({"pixel_offset": PIXEL_OFFSETS[self.renderer], **(cloud or {})})
-        self.camera_sizes = {**NATIVE_SIZES, **{name: picture_size(size) for name, size in (camera_sizes or {}).items()}}
+        self.camera_sizes = NATIVE_SIZES | picture_sizes(camera_sizes, NATIVE_SIZES)
+        for name in self.camera_sizes:
+            among("camera_sizes", name, tuple(NATIVE_SIZES))
         self.check_oracle = check_oracle
         self._simulator: Any = None
         self._give_back: Any = None

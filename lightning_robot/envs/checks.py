@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,33 @@ def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
         ValueError: neither, or a picture without pixels.
     """
     sides = np.atleast_1d(size).tolist()
-    if len(sides) not in (1, 2) or min(sides) < 1:
+    if len(sides) not in (1, 2) or any(isinstance(side, str) for side in sides) or min(sides) < 1:
         raise ValueError(f"camera_sizes: {size}; give pixels of a square, or height and width.")
     return int(sides[0]), int(sides[-1])
+
+
+CameraSizes = int | Sequence[int] | Mapping[str, int | Sequence[int]]
+"""What `camera_sizes` may be: one size for all cameras, or one per camera."""
+
+
+def picture_sizes(
+    sizes: CameraSizes | None, cameras: Collection[str], default: CameraSizes | None = None
+) -> dict[str, tuple[int, int]]:
+    """(height, width) per camera: of those that are named, or of all `cameras` where one size is given.
+
+    Args:
+        sizes: what was asked for.
+        cameras: those that the environment shows by itself.
+        default: instead of None or an empty mapping.
+
+    Raises:
+        ValueError: see `picture_size`.
+    """
+    if sizes is None or sizes == {}:
+        sizes = {} if default is None else default
+    if isinstance(sizes, Mapping):
+        return {name: picture_size(size) for name, size in sizes.items()}
+    return dict.fromkeys(cameras, picture_size(sizes))
 
 
 def noted_sizes(cameras: str, known: Collection[str]) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mujoco
@@ -19,7 +19,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from lightning_robot.envs.adapters import Adapted, MissingPackage
-from lightning_robot.envs.checks import among, picture_size
+from lightning_robot.envs.checks import CameraSizes, among, picture_sizes
 from lightning_robot.envs.gym_aloha_expert import Expert
 from lightning_robot.envs.opengl import make_renderer
 from lightning_robot.features import Features
@@ -48,8 +48,8 @@ class Aloha(Adapted):
     Args:
         task: "transfer_cube" or "insertion".
         observations: what an observation holds, of "state", "images" and "environment_state".
-        camera_sizes: pixels per camera, a number for a square or (height, width); ``top`` at 480 by 640, as in the data sets of
-            LeRobot, when None. Other cameras: angle, front_close, left_pillar and right_pillar.
+        camera_sizes: pixels per camera, or of ``top``: a number for a square or (height, width). ``top`` at 480 by 640, as in
+            the data sets of LeRobot, when None. Other cameras: angle, front_close, left_pillar and right_pillar.
         max_steps: control steps after which an episode is truncated: 400 as in the paper, where the package has 300.
         shadows: draw as the package does, with shadows, reflections and multisampling (0.1 s instead of 0.013 s per picture of
             480 by 640): for policies trained on pictures drawn so, such as those of LeRobot's data sets.
@@ -64,7 +64,7 @@ class Aloha(Adapted):
         self,
         task: str = "transfer_cube",
         observations: Sequence[str] = ("state", "images"),
-        camera_sizes: Mapping[str, int | Sequence[int]] | None = None,
+        camera_sizes: CameraSizes | None = None,
         max_steps: int = 400,
         shadows: bool = False,
         render_mode: str | None = None,
@@ -74,7 +74,7 @@ class Aloha(Adapted):
         among("task", task, TASKS)
         for name in observations:
             among("observations", name, OBSERVATIONS)
-        self.camera_sizes = {name: picture_size(size) for name, size in (camera_sizes or {"top": (480, 640)}).items()}
+        self.camera_sizes = picture_sizes(camera_sizes, ("top",), (480, 640))
         for name in self.camera_sizes:
             among("camera_sizes", name, CAMERAS)
         self.observations, self._shadows = tuple(observations), shadows

@@ -26,7 +26,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs.adapters import MissingPackage
-from lightning_robot.envs.checks import ActionOutOfBounds, among, noted_sizes, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, CameraSizes, among, noted_sizes, picture_sizes
 from lightning_robot.envs.metaworld_scene import CAMERAS, Scene
 from lightning_robot.features import Feature, Features
 from lightning_robot.points import CloudRecipe, cloud_from_depth
@@ -110,8 +110,8 @@ class MetaWorld(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         observations: what an observation holds: "state", "point_cloud", "depth" and "images" (with `camera_sizes`),
             "environment_state" (Meta-World's own 39 numbers, goal included). Only these are computed.
         cloud: fields of `lightning_robot.points.CloudRecipe`.
-        camera_sizes: pixels per camera, a number for a square or (height, width); of Meta-World's seven cameras. The four
-            at the corners hang upside down, and so are their pictures.
+        camera_sizes: pixels per camera, a number for a square or (height, width), of Meta-World's seven cameras; or of
+            ``corner2`` alone. The four at the corners hang upside down, and so are their pictures.
         camera_positions: (x, y, z) of a camera moved from its place; DP3's for ``corner2``, {} for none.
         max_steps: control steps after which an episode is truncated.
         success_steps: steps on which the task must have been solved before it counts; DP3's demonstrations ask for 5.
@@ -134,7 +134,7 @@ class MetaWorld(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         task: str | None = None,
         observations: Sequence[str] = ("state", "point_cloud"),
         cloud: Mapping[str, Any] | None = None,
-        camera_sizes: Mapping[str, int | Sequence[int]] | None = None,
+        camera_sizes: CameraSizes | None = None,
         camera_positions: Mapping[str, Sequence[float]] | None = None,
         max_steps: int = 200,
         success_steps: int = 1,
@@ -159,7 +159,7 @@ class MetaWorld(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.observations, self.max_steps, self.success_steps = tuple(observations), max_steps, success_steps
         self.markers, self.render_mode, self._renderer = markers, render_mode, renderer
         self.recipe = CloudRecipe.from_dict({**_CLOUD, **(cloud or {})})
-        self.camera_sizes = {name: picture_size(size) for name, size in (camera_sizes or {"corner2": 128}).items()}
+        self.camera_sizes = picture_sizes(camera_sizes, ("corner2",), 128)
         positions = DP3_CAMERA if camera_positions is None else camera_positions
         self.camera_positions = {name: tuple(float(value) for value in place) for name, place in positions.items()}
         for name in (*self.camera_sizes, *self.camera_positions, *self.recipe.cameras):

@@ -21,7 +21,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_robot.envs import calvin_tasks
-from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, noted_sizes, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, CameraSizes, among, finite_vector, noted_sizes, picture_sizes
 from lightning_robot.envs.panda import FINGER_OPEN, PandaKinematics
 from lightning_robot.envs.play_table_experts import Expert
 from lightning_robot.envs.play_table_model import LIGHT_COLORS, POSITION_UNIT, ROTATION_UNIT, SCENES, play_table_xml
@@ -82,7 +82,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         observations: what an observation holds: "state", "point_cloud", "depth", "segmentation", "images" (with
             `camera_sizes`) and "environment_state". Only these are computed.
         cloud: fields of `lightning_robot.points.CloudRecipe`.
-        camera_sizes: pixels per camera: a number for a square, or (height, width). CALVIN's are 200 and 84.
+        camera_sizes: pixels per camera, or of both: a number for a square, or (height, width). CALVIN's are 200 and 84.
         max_steps: control steps after which an episode is truncated.
         render_mode: "rgb_array" or None.
         renderer: "rays" (flat shading, needs no OpenGL) or "opengl", for `render` and for "images".
@@ -102,7 +102,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         actions: str = "relative",
         observations: Sequence[str] = ("state", "point_cloud"),
         cloud: Mapping[str, Any] | None = None,
-        camera_sizes: Mapping[str, int | Sequence[int]] | None = None,
+        camera_sizes: CameraSizes | None = None,
         max_steps: int = 120,
         render_mode: str | None = None,
         renderer: str = "rays",
@@ -124,7 +124,7 @@ class PlayTable(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.relative = actions == "relative"
         self.observations = tuple(observations)
         self.recipe = CloudRecipe.from_dict(cloud or {})
-        self.camera_sizes = {name: picture_size(size) for name, size in (camera_sizes or {"static": 84, "gripper": 84}).items()}
+        self.camera_sizes = picture_sizes(camera_sizes, ("static", "gripper"), 84)
         for name in (*self.camera_sizes, *self.recipe.cameras):
             among("camera_sizes" if name in self.camera_sizes else "cloud cameras", name, FAR)
 

@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_robot.envs.checks import ActionOutOfBounds, among, finite_vector, noted_sizes, picture_size
+from lightning_robot.envs.checks import ActionOutOfBounds, CameraSizes, among, finite_vector, noted_sizes, picture_sizes
 from lightning_robot.envs.pick_and_place import Bounds, Progress, Sight
 from lightning_robot.envs.ray_camera import RayCamera, camera_mounts
 from lightning_robot.envs.so101_experts import Expert
@@ -109,7 +109,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         units: of joint angles in state and action: "degrees" or "normalized" (-100 to 100 over the joint's range).
         observations: what an observation holds: "state", "images", "depth", "point_cloud", "environment_state". Only these are
             computed.
-        camera_sizes: pixels per camera: a number for a square, or (height, width).
+        camera_sizes: pixels per camera, or of both: a number for a square, or (height, width).
         cloud: fields of `lightning_robot.points.CloudRecipe`.
         max_steps: control steps after which an episode is truncated.
         renderer: "rays" (needs no OpenGL) or "opengl", for `render` and for "images".
@@ -131,7 +131,7 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         actions: str = "joints",
         units: str = "degrees",
         observations: Sequence[str] = ("state", "images"),
-        camera_sizes: Mapping[str, int | Sequence[int]] | None = None,
+        camera_sizes: CameraSizes | None = None,
         cloud: Mapping[str, Any] | None = None,
         max_steps: int = 300,
         renderer: str = "rays",
@@ -152,10 +152,9 @@ class SO101PickPlace(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             raise ValueError(f"max_steps: {max_steps}; an episode has at least one step.")
         self.actions, self.units, self.observations = actions, units, tuple(observations)
         self.max_steps, self.render_mode, self._renderer = max_steps, render_mode, renderer
-        self.camera_sizes = dict.fromkeys(FAR, (96, 96))
-        for name, size in (camera_sizes or {}).items():
+        self.camera_sizes = dict.fromkeys(FAR, (96, 96)) | picture_sizes(camera_sizes, FAR)
+        for name in self.camera_sizes:
             among("camera_sizes", name, FAR)
-            self.camera_sizes[name] = picture_size(size)
         self.recipe = CloudRecipe.from_dict({**_CLOUD, **(cloud or {})})
         for name in self.recipe.cameras:
             among("cloud cameras", name, FAR)

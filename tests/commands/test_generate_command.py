@@ -31,7 +31,7 @@ def test_options_become_arguments_of_the_environment():
         "scene": "A",
         "cloud": {"points": 512, "colors": True},
         "observations": ("state", "point_cloud"),
-        "camera_sizes": {"static": 64, "gripper": 64},
+        "camera_sizes": 64,
         "actions": "absolute",
         "max_steps": 90,
     }

@@ -95,6 +95,8 @@ def test_registered_by_import():
         ({"renderer": "gl"}, "rays, opengl"),
         ({"camera_sizes": {"front": 96}}, "'front' is not among overhead, wrist"),
         ({"camera_sizes": {"wrist": 0}}, "pixels of a square"),
+        ({"camera_sizes": 0}, "pixels of a square"),
+        ({"camera_sizes": "large"}, "pixels of a square"),
         ({"cloud": {"point": 3}}, "no point"),
         ({"cloud": {"cameras": ("static",)}}, "'static' is not among overhead"),
         ({"max_steps": 0}, "at least one step"),
