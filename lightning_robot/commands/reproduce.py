@@ -372,7 +372,7 @@ def _command(verb: str, *options: str) -> None:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their whole path. What the project's own settings are made of is told apart; lists are values."""
+    """Settings by their whole path: mappings are gone into, lists are values."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
