@@ -201,11 +201,11 @@ class DeltaActions(Transform):
     (Not less the state of its own step: the policy does not know those when it acts.)
 
     Attributes:
-        elements: names of the action's elements to change; all but grippers where None. The state must have elements of the
-            same names; where it names none, the first ones are taken in order.
+        elements: names, or numbers, of the action's elements to change; all but grippers where None. The state must have
+            elements of the same names; where either has no names, those of the same numbers are taken.
     """
 
-    elements: tuple[str, ...] | None = None
+    elements: tuple[str | int, ...] | None = None
     changes_vectors = True
 
     def __post_init__(self) -> None:
@@ -232,6 +232,11 @@ class DeltaActions(Transform):
             pairs = [(number, _number(action.names[number], state, STATE, self)) for number in numbers]
         else:
             pairs = [(number, number) for number in numbers]
+        if beyond := [number for number, place in pairs if place >= state.shape[-1]]:
+            raise TransformError(
+                f"DeltaActions: the state has {state.shape[-1]} elements, none for the action's {', '.join(map(str, beyond))}: "
+                "give the numbers of the action's elements that the state has, as `elements`."
+            )
         self._pairs = tuple(pairs)
         semantics = "; ".join(["relative to the state", *features.action_semantics.split("; ")[1:]])
         return replace(features, action_semantics=semantics)

@@ -111,6 +111,13 @@ def test_delta_is_to_the_newest_state_by_name_and_leaves_the_gripper():
         chain.features(after)
 
 
+def test_delta_needs_a_state_that_has_the_action_s_elements():
+    bare = Features({"observation.state": Feature((2,))}, Feature((3,)))
+    Transforms([step("DeltaActions", elements=[0, 1])]).features(bare)
+    with pytest.raises(TransformError, match="the state has 2 elements, none for the action's 2"):
+        Transforms([step("DeltaActions", elements=[0, 1, 2])]).features(bare)
+
+
 def test_gripper_is_rescaled_in_state_and_action():
     chain = Transforms([step("GripperConvention", element="gripper.pos", data=[0, 100], policy=[1, 0])])
     chain.features(FEATURES)
