@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def open_dataset(path: str | Path) -> tuple[Any, list[Defect]]:
 
 
 def inspect_dataset(path: str | Path, *, thorough: bool = False, jump: float = JUMP) -> Inspection:
-    """Looks a dataset through.
+    """Looks a dataset through. Pictures that cannot be read are a defect, not an error.
 
     Args:
         path: an episode store, or a LeRobot folder.
@@ -162,20 +162,28 @@ def inspect_dataset(path: str | Path, *, thorough: bool = False, jump: float = J
     if not thorough and len(lengths) > SAMPLED_EPISODES:
         chosen = np.unique(np.linspace(0, len(lengths) - 1, SAMPLED_EPISODES).astype(np.int64))
     vectors = [key for key in dataset.keys if not dataset.is_large(key) and not _is_picture(key)]
+    unreadable = set()
     for key in progress(dataset.keys, description="inspecting", unit="arrays"):
-        result.keys.append(_key(dataset, key, features))
         if key in vectors:
+            result.keys.append(_key(dataset, key, features))
             result.defects += _vector_defects(dataset, key, _names(features, key), jump)
-        else:
-            result.defects += _picture_defects(dataset, key, chosen)
+            continue
+        try:
+            if isinstance(dataset, LeRobotFolder):
+                dataset.check_videos((key,), np.arange(len(lengths)))
+            entry, found = _key(dataset, key, features), _picture_defects(dataset, key, chosen)
+        except StoreError as error:  # a file is missing or damaged: the rest is worth looking at
+            unreadable.add(key)
+            entry, found = _unread(dataset, key, features), [Defect("unreadable", key, str(error))]
+        result.keys.append(entry)
+        result.defects += found
     result.defects += _episode_defects(dataset, lengths, vectors)
-    pictures = len([key for key in dataset.keys if key not in vectors])
-    result.checked = "Numbers of all frames" + (
-        f", and pictures or clouds of {len(chosen)} of {counted(len(lengths), 'episode')}, were looked at." if pictures else "."
-    )
+    pictures = len([key for key in dataset.keys if key not in vectors and key not in unreadable])
+    looked = f", and pictures or clouds of {len(chosen)} of {counted(len(lengths), 'episode')}," if pictures else ""
+    result.checked = f"Numbers of all frames{looked} were looked at."
     shown = np.unique(np.linspace(0, len(lengths) - 1, STRIP_EPISODES).astype(np.int64))
     for key in dataset.keys:
-        if _is_picture(key):
+        if _is_picture(key) and key not in unreadable:
             result.strips[key] = [(episode, _strip(dataset, key, episode)) for episode in shown.tolist()]
     result.curve_episode = int(shown[0])
     rows = slice(int(dataset.episode_starts[shown[0]]), int(dataset.episode_ends[shown[0]]))
@@ -242,7 +250,6 @@ def _names(features: Features, key: str) -> tuple[str, ...]:
 
 
 def _key(dataset: Any, key: str, features: Features) -> Key:
-    feature = features.action if key == "action" else features.observations.get(key)
     shape = dataset.shape(key)[1:]
     sampled = dataset.is_large(key) or _is_picture(key)
     if sampled:
@@ -259,8 +266,14 @@ def _key(dataset: Any, key: str, features: Features) -> Key:
     if len(names) != last:
         names = ("red", "green", "blue") if key.startswith("observation.images.") else tuple(str(i) for i in range(last))
     elements = [Element(name, *row) for name, row in zip(names, table.tolist())]
-    size = dataset.num_frames * dataset.frame_bytes(key)
-    return Key(key, tuple(shape), str(dataset.dtype(key)), feature.unit if feature else "", size, elements, sampled)
+    return replace(_unread(dataset, key, features), elements=elements, sampled=sampled)
+
+
+def _unread(dataset: Any, key: str, features: Features) -> Key:
+    """What is known of an array without a look at its values."""
+    feature = features.action if key == "action" else features.observations.get(key)
+    shape, size = tuple(dataset.shape(key)[1:]), dataset.num_frames * dataset.frame_bytes(key)
+    return Key(key, shape, str(dataset.dtype(key)), feature.unit if feature else "", size, [], sampled=False)
 
 
 def _quiet(function: Any, values: np.ndarray) -> np.ndarray:

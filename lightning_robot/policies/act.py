@@ -149,6 +149,7 @@ class ACT(ImitationPolicy):
         if ensembling is not None and (
             not set(ensembling) <= {"coefficient", "direction"}
             or ensembling.get("direction", "oldest") not in ("oldest", "newest")
+            or not isinstance(ensembling.get("coefficient", 0.01), (int, float))
         ):
             raise ValueError(f"ensembling={ensembling}: give a coefficient, and the direction oldest or newest.")
         if not depth_range[0] < depth_range[1]:

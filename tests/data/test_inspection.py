@@ -1,7 +1,10 @@
 """What an inspection finds: planted defects, and none where there are none."""
 
+from dataclasses import replace
+
 import numpy as np
 
+from lightning_robot.commands.inspect_page import page
 from lightning_robot.data.inspection import inspect_dataset
 from lightning_robot.data.store import StoreWriter
 from lightning_robot.data.write_lerobot import LeRobotWriter
@@ -84,6 +87,27 @@ def test_planted_defects_are_found_where_they_are(tmp_path):
     assert "in episode 2, frame 12" in found["duplicated", "frames"]
     assert found["duplicated", "episodes"] == "episode 4 equals episode 3 in every number"
     assert len(found) == 7
+
+
+def test_a_missing_video_is_a_defect_and_the_rest_is_shown(tmp_path):
+    features = replace(
+        FEATURES, observations={**FEATURES.observations, "observation.images.top": Feature((3, 16, 16), "uint8")}
+    )
+    writer = LeRobotWriter(tmp_path / "a", features, pictures="h264")
+    for part in episodes():
+        writer.append({**part, "observation.images.top": part["observation.images.front"]}, "push")
+    path = writer.finish()
+    next(path.glob("videos/observation.images.top/*/*.mp4")).unlink()
+    found = inspect_dataset(path)
+    assert [(defect.what, defect.where) for defect in found.defects] == [("unreadable", "observation.images.top")]
+    assert "file-000.mp4 is missing: it holds observation.images.top of episode 0, 1, 2, 3" in found.defects[0].text
+    assert list(found.strips) == ["observation.images.front"]
+    assert found.checked.endswith("were looked at.")
+    assert {key.name: len(key.elements) for key in found.keys if "images" in key.name} == {
+        "observation.images.front": 3,
+        "observation.images.top": 0,
+    }
+    assert "observation.images.top" in page(found)
 
 
 def test_a_lerobot_folder_with_wrong_times(tmp_path):

@@ -145,6 +145,7 @@ def test_arguments_are_checked():
         ({"depth_range": (2.0, 1.0)}, "depth_range"),
         ({"ensembling": {"coefficient": 0.01, "direction": "new"}}, "direction oldest or newest"),
         ({"ensembling": {"weight": 0.01}}, "give a coefficient"),
+        ({"ensembling": {"coefficient": "small"}}, "give a coefficient"),
     ):
         with pytest.raises(ValueError, match=message):
             ACT(**SMALL | arguments)
