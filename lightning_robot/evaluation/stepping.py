@@ -316,7 +316,7 @@ class ProcessPool:
         for worker in self.workers:
             worker.join(timeout=5)
             if worker.is_alive():
-                worker.terminate()
+                worker.kill()
                 worker.join()
         for connection in self.connections:
             connection.close()

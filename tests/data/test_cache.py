@@ -73,14 +73,15 @@ def _hold(path, entered, release):
 def test_lock_admits_one_process(tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
     entered, release = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path / "x.lock", entered, release))
+    process = context.Process(target=_hold, args=(tmp_path / "x.lock", entered, release), daemon=True)
     process.start()
     assert entered.wait(10)
     said = []
     monkeypatch.setattr("lightning_robot.data.cache.say", lambda message: (said.append(message), release.set()))
     with file_lock(tmp_path / "x.lock"):
         assert (tmp_path / "left").exists()
-    process.join()
+    process.join(10)
+    assert process.exitcode == 0
     assert len(said) == 1
     assert said[0].startswith("Waiting for another process")
 

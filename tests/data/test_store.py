@@ -117,9 +117,9 @@ def test_killed_writer_continues_to_the_same_bytes(tmp_path):
         writer.append(frames())
 
     path = tmp_path / "killed.zarr"
-    process = multiprocessing.get_context("fork").Process(target=die_in_third_shard, args=(path,))
+    process = multiprocessing.get_context("fork").Process(target=die_in_third_shard, args=(path,), daemon=True)
     process.start()
-    process.join()
+    process.join(60)
     assert process.exitcode == 9
     with pytest.raises(StoreError, match=r"not finished.*Run the same command again"):
         EpisodeStore.open(path)
