@@ -267,9 +267,10 @@ def _fork(arguments: list[str], environment: dict[str, str], log: Path, group: i
         os.environ.update(environment)
         sys.argv = ["lightning_robot", *arguments]
         torch.set_num_threads(1)
-        from lightning_robot.__main__ import main
+        import lightning_robot.__main__ as program
 
-        code = main(arguments)
+        sys.modules["__main__"] = program  # what worker processes that are started afresh import
+        code = program.main(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
