@@ -53,7 +53,7 @@ import kill_subject
 from kill_subject import TABLE, Table
 
 KILLS = 5
-PATIENCE = 60.0  # seconds that a process may take to notice that another one is gone
+PATIENCE = 120.0  # seconds that a process may take to notice that another one is gone
 LIMIT = 300.0  # seconds that one start may last in all: what takes longer hangs, and is ended
 UNTIMED = ("data_wait", "samples_per_second", "throughput", "memory", "gb")  # columns that measure the machine
 LIBC = ctypes.CDLL(None)

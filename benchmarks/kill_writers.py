@@ -252,9 +252,10 @@ def main(argv: list[str] | None = None) -> int:
             for number in range(options.lineages):
                 outcomes.append(follow(name, number, options.root.absolute(), folder, whole, options.seed))
                 print("\n".join(outcomes[-1]), flush=True)
+                if options.log is not None:
+                    text = "\n".join(line for lines in outcomes for line in lines)
+                    options.log.write_text(f"{text}\n{summary(outcomes)}\n")
     print(summary(outcomes))
-    if options.log is not None:
-        options.log.write_text("\n".join(line for lines in outcomes for line in lines) + f"\n{summary(outcomes)}\n")
     return int(any("equal" not in lines[-1] for lines in outcomes))
 
 

@@ -24,11 +24,6 @@ def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed")
 
 
-@pytest.fixture(autouse=True)
-def _limit(monkeypatch):
-    monkeypatch.setattr(kill_harness, "LIMIT", 150.0)
-
-
 def _killed_equals_undisturbed(kind: Kind, folder: Path, undisturbed: Path, aims: list[Aim], command_line: bool) -> list[str]:
     expected, _, configuration = kill_harness.uninterrupted(kind, undisturbed)
     lineage = Lineage(1, kind, folder, configuration, command_line)
