@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import hashlib
 import json
 import os
@@ -46,18 +47,29 @@ import yaml
 
 import lightning_robot  # noqa: F401  (before lightning: see its docstring)
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))  # where a test imports this file
 
 import kill_subject
 from kill_subject import TABLE, Table
 
 KILLS = 5
-PATIENCE = 60.0  # seconds that a process may take to notice that another one is gone
+PATIENCE = 120.0  # seconds that a process may take to notice that another one is gone
+LIMIT = 300.0  # seconds that one start may last in all: what takes longer hangs, and is ended
 UNTIMED = ("data_wait", "samples_per_second", "throughput", "memory", "gb")  # columns that measure the machine
+LIBC = ctypes.CDLL(None)
 
 
 class Different(AssertionError):
     """Something is not what the uninterrupted run gives."""
+
+
+class Late(Different):
+    """The run had ended before a kill was due."""
+
+
+def die_with_parent() -> None:
+    """Called in a new process: should the harness be killed itself, nothing of what it started is left behind."""
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class Kind:
     ranks: int
     workers: int
     within_epochs: bool
+    epochs: int = 4
 
     def __str__(self) -> str:
         validated = "validated within epochs" if self.within_epochs else "validated after epochs"
@@ -75,7 +88,7 @@ class Kind:
 
 @dataclass
 class Attempt:
-    """The processes of one start."""
+    """The processes of one start. Leaving it as a context ends them all, whatever happened."""
 
     kind: Kind
     arguments: list[str]
@@ -99,25 +112,57 @@ class Attempt:
             command = [sys.executable, "-m", "lightning_robot", *self.arguments]
             with open(self.log, "a") as log:
                 process = subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
                 )
             process.returncode = 0  # waited for below, by its number
             self.ids = [process.pid]
             return
         if self.kind.ranks > 1:  # as torchrun starts them
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        for rank in range(self.kind.ranks):
-            own = environment | ({"LOCAL_RANK": str(rank)} if self.kind.ranks > 1 else {})
-            self.ids.append(_fork(self.arguments, own, self.log, self.ids[0] if self.ids else 0))
+        try:
+            for rank in range(self.kind.ranks):
+                own = environment | ({"LOCAL_RANK": str(rank)} if self.kind.ranks > 1 else {})
+                self.ids.append(_fork(self.arguments, own, self.log, self.ids[0] if self.ids else 0))
+        except OSError:
+            self.end()
+            raise
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def running(self) -> bool:
-        """Whether a process that was started here still runs."""
+        """Whether a process that was started here still runs. Every wait of the harness asks this, so that none is endless.
+
+        Raises:
+            Different: the start has lasted longer than `LIMIT`; its processes are ended.
+        """
+        running = self._reap()
+        if running and time.monotonic() > self.began + LIMIT:
+            self.end()
+            raise Different(f"still running after {LIMIT:.0f} s: {self.said()}")
+        return running
+
+    def _reap(self) -> bool:
         for process in self.ids:
             if process not in self.codes:
                 done, status = os.waitpid(process, os.WNOHANG)
                 if done:
                     self.codes[process] = os.waitstatus_to_exitcode(status)
         return len(self.codes) < len(self.ids)
+
+    def said(self) -> str:
+        """Exit codes and the end of what was printed."""
+        printed = self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+        return f"codes {list(self.codes.values())}\n{printed}"
 
     def process(self, rank: int) -> int:
         """Number of the process of a rank, 0 while it is not known."""
@@ -135,31 +180,64 @@ class Attempt:
         end = time.monotonic() + patience
         while self.running() or self._others():
             if time.monotonic() > end:
-                self.kill_rest()
-                while self.running():
-                    time.sleep(0.01)
+                self.end()
                 return False
             time.sleep(0.01)
         return True
 
-    def kill_rest(self) -> None:
-        """Whatever is left of the processes and their workers."""
-        try:
-            os.killpg(self.ids[0], signal.SIGKILL)
-        except ProcessLookupError:
+    def finish(self) -> None:
+        """Waits for the end of a start that nothing disturbs.
+
+        Raises:
+            Different: it hangs or fails.
+        """
+        while self.running():
+            time.sleep(0.02)
+        if any(self.codes.values()):
+            raise Different(f"not killed, and yet failed: {self.said()}")
+
+    def end(self) -> None:
+        """Kills whatever is left of the processes and their workers, and waits until they are gone."""
+        if not self.ids:
             return
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.ids[0], signal.SIGKILL)
+            for process in set(self.ids) - set(self.codes):  # one that had not joined the group yet
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            if not self._reap() and not group_runs(self.ids[0]):
+                return
+            time.sleep(0.01)
+        print(f"Processes of group {self.ids[0]} do not end by SIGKILL.", file=sys.stderr)
 
     def _others(self) -> bool:
         """Whether a rank that another rank started still runs."""
         for rank in range(len(self.ids), self.kind.ranks):
             process = self.table.process(rank)
-            try:
-                state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] if process else "X"
-            except OSError:
-                continue
-            if state not in "ZX":
+            if process and (_state(process) or ("X", 0))[0] not in "ZX":
                 return True
         return False
+
+
+def _state(process: int) -> tuple[str, int] | None:
+    """State letter and process group of a process, None where there is none."""
+    try:
+        state, _, group = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+        return None
+    return state, int(group)
+
+
+def group_runs(group: int) -> bool:
+    """Whether any process of a group still runs; those that only wait to be reaped do not."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    states = (_state(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return any(state[0] not in "ZX" for state in states if state is not None and state[1] == group)
 
 
 def _free_port() -> int:
@@ -178,16 +256,21 @@ def _fork(arguments: list[str], environment: dict[str, str], log: Path, group: i
         return child
     code = 70
     try:
+        die_with_parent()
         os.setpgid(0, group)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        # A test runner has put objects of its own there.
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
         os.environ.update(environment)
         sys.argv = ["lightning_robot", *arguments]
         torch.set_num_threads(1)
-        from lightning_robot.__main__ import main
+        import lightning_robot.__main__ as program
 
-        code = main(arguments)
+        sys.modules["__main__"] = program  # what worker processes that are started afresh import
+        code = program.main(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -368,23 +451,19 @@ class Lineage:
             Different: a start, a refusal or the end went wrong.
         """
         for kill, aim in enumerate(chosen, 1):
-            attempt = self._start()
-            if not await_and_kill(attempt, aim):
-                attempt.wait(PATIENCE)
-                raise Different(f"kill {kill} ({aim}) came too late: {self._said(attempt)}")
-            ended = time.monotonic()
-            alone = attempt.wait(PATIENCE)
-            self.lines.append(f"  kill {kill}: {aim!s:<40} {self._left()}")
-            if aim.rank is not None and self.kind.ranks > 1:
-                self.lines[-1] += f"; the other process ended {time.monotonic() - ended:.1f} s later"
-                if not alone:
-                    raise Different(f"kill {kill} ({aim}): the other process still ran after {PATIENCE:.0f} s")
-            attempt.kill_rest()  # workers without a parent
-        attempt = self._start()
-        while attempt.running():
-            time.sleep(0.02)
-        if any(attempt.codes.values()):
-            raise Different(f"the last attempt ended with {attempt.codes}: {self._said(attempt)}")
+            with self._start() as attempt:
+                if not await_and_kill(attempt, aim):
+                    attempt.wait(PATIENCE)
+                    raise Late(f"kill {kill} ({aim}) came too late: {attempt.said()}")
+                ended = time.monotonic()
+                alone = attempt.wait(PATIENCE)
+                self.lines.append(f"  kill {kill}: {aim!s:<40} {self._left()}")
+                if aim.rank is not None and self.kind.ranks > 1:
+                    self.lines[-1] += f"; the other process ended {time.monotonic() - ended:.1f} s later"
+                    if not alone:
+                        raise Different(f"kill {kill} ({aim}): the other process still ran after {PATIENCE:.0f} s")
+        with self._start() as attempt:
+            attempt.finish()
         run = newest_run(self.root)
         assert run is not None
         return run
@@ -398,8 +477,8 @@ class Lineage:
         resume = ["fit", "--resume", str(run)]
         if (run / "checkpoints" / "last.ckpt").exists():
             return self._attempt(resume)
-        refused = self._attempt(resume, Kind(1, 0, False))
-        refused.wait(PATIENCE)
+        with self._attempt(resume, Kind(1, 0, False)) as refused:
+            refused.wait(PATIENCE)
         said = refused.log.read_text()
         if list(refused.codes.values()) != [2] or "error: Nothing to resume" not in said or "Traceback" in said:
             raise Different(f"resuming without a checkpoint ended with {refused.codes}: {said[-500:]}")
@@ -424,29 +503,22 @@ class Lineage:
             step = "no last.ckpt yet"
         return step + (f", {partial[0]} was being written" if partial else "")
 
-    @staticmethod
-    def _said(attempt: Attempt) -> str:
-        return f"codes {attempt.codes}\n{attempt.log.read_text()[-3000:]}"
-
 
 def uninterrupted(kind: Kind, folder: Path) -> tuple[dict[str, Any], float, Path]:
     """What a run gives that nothing disturbs, how long it takes, and its configuration; kept in `folder`."""
     store = folder / "dots.zarr"
     if not store.exists():
         kill_subject.make_store(store)
-    name = f"whole_{kind.ranks}_{kind.workers}_{int(kind.within_epochs)}"
+    name = f"whole_{kind.ranks}_{kind.workers}_{int(kind.within_epochs)}_{kind.epochs}"
     configuration, result = folder / f"{name}.yaml", folder / f"{name}.json"
     if not result.exists():
         shutil.rmtree(folder / name, ignore_errors=True)
-        settings = kill_subject.configuration(store, kind.ranks, kind.workers, kind.within_epochs)
+        settings = kill_subject.configuration(store, kind.ranks, kind.workers, kind.within_epochs, kind.epochs)
         configuration.write_text(yaml.safe_dump(settings))
         arguments = ["fit", "--config", str(configuration), "--run.root", str(folder / name / "runs")]
-        attempt = Attempt(kind, arguments, folder / name)
-        while attempt.running():
-            time.sleep(0.02)
+        with Attempt(kind, arguments, folder / name) as attempt:
+            attempt.finish()
         seconds = time.monotonic() - attempt.began
-        if any(attempt.codes.values()):
-            raise RuntimeError(f"{kind}: {attempt.codes}\n{attempt.log.read_text()[-3000:]}")
         run = newest_run(folder / name / "runs")
         assert run is not None
         result.write_text(json.dumps([traces(run, kind.ranks), seconds]))
@@ -479,7 +551,7 @@ def follow(number: int, kind: Kind, command_line: bool, folder: Path, seed: int)
             found = json.loads(json.dumps(traces(run, kind.ranks)))
             require_equal(found, expected)
         except Different as difference:
-            if "came too late" in str(difference) and (late := late + 1) < 5:
+            if isinstance(difference, Late) and (late := late + 1) < 5:
                 continue  # begun again with other moments
             return False, [head, *lineage.lines, f"  FAILED: {difference}"]
         compared = f"{len(found['losses of rank 0'])} losses per rank, {len(found)} things in all"

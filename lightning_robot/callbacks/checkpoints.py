@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +16,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lightning_robot.console import say
+from lightning_robot.console import disk_size, say
 
 
 class NoCheckpointNow(Exception):
     """Base of errors after which the weights are not to be saved."""
+
+
+class CheckpointNotWritten(OSError, NoCheckpointNow):
+    """The last checkpoint of a run could not be written."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -98,7 +104,8 @@ class Checkpoints(Checkpoint):
         self._updating = False
         self._waiting = False  # for the end of a validation, to write `last`
         self._checked = False
-        self._failure: OSError | RuntimeError | None = None
+        self._ending = False
+        self._failure: str | None = None  # why the latest file could not be written
 
     @property
     def best_model_path(self) -> str:
@@ -214,10 +221,11 @@ class Checkpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ending = True
         if self._saved_step != trainer.global_step or self._failure is not None:
             self._save_last(trainer)
         if self._failure is not None:
-            raise RuntimeError(f"The last checkpoint could not be written: {self._failure}") from self._failure
+            raise CheckpointNotWritten(f"The last checkpoint could not be written: {self._failure}")
         if self.best is not None:
             best = self.best
             say(f"Best {best['monitor']} {best['score']:.4g} in epoch {best['epoch']}: {self.best_model_path}")
@@ -305,8 +313,9 @@ class Checkpoints(Checkpoint):
         try:
             trainer.strategy.save_checkpoint(checkpoint, path)
         except (OSError, RuntimeError) as failure:
-            self._failure = failure
-            say(f"WARNING: {path} could not be written: {failure}. Training goes on; {self._kept()}")
+            self._failure = why_not_written(failure, checkpoint, path)
+            goes_on = "" if interrupted or self._ending else "Training goes on; "
+            say(f"WARNING: {path.name} could not be written: {self._failure} {goes_on}{self._kept()}")
         if not interrupted and trainer.world_size > 1:  # only the first rank writes; the ranking goes on alike on all
             self._failure = trainer.strategy.broadcast(self._failure)
         if self._failure is not None:
@@ -374,6 +383,35 @@ def foreign_object(value: Any, where: str = "checkpoint") -> str | None:
     return f"{where} is a {type(value).__module__}.{type(value).__qualname__}"
 
 
+def why_not_written(failure: OSError | RuntimeError, checkpoint: dict[str, Any], path: Path) -> str:
+    """Says what kept a checkpoint from being written; of a disk without space how much it lacks.
+
+    Args:
+        failure: what was raised.
+        checkpoint: that was to be written.
+        path: of the file.
+    """
+    first: BaseException | None = failure
+    while first is not None and not isinstance(first, OSError):  # torch's writer raises an error of its own over the disk's
+        first = first.__cause__ or first.__context__
+    number = first.errno if isinstance(first, OSError) else None
+    cause = (first.strerror if isinstance(first, OSError) else None) or str(first or failure).strip().splitlines()[0]
+    need, free = tensor_bytes(checkpoint), shutil.disk_usage(path.parent).free
+    if number == errno.EDQUOT:
+        return f"{cause}. It needs about {disk_size(need)}, which a quota forbids at {path.parent}. Free space there."
+    if number == errno.ENOSPC or free < need:
+        return f"{cause}. It needs about {disk_size(need)}, {disk_size(free)} are free at {path.parent}. Free space there."
+    return f"{cause} ({path})."
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return sum(map(tensor_bytes, items))
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Opens a checkpoint without reading its tensors into memory.
 
@@ -394,8 +432,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -53,6 +53,12 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step if step is not None else 0} | {key: float(value) for key, value in metrics.items()}
+        try:
+            self._write(row)
+        except OSError as error:  # a full disk's error names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _write(self, row: dict[str, float]) -> None:
         if not self._opened:
             self._open()
         new = [key for key in row if key not in self._columns]
@@ -94,11 +100,15 @@ class MetricsFile(Logger):
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         aside = self.path.with_name(".metrics.csv.partial")
-        with aside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(aside, self.path)
+        try:
+            with aside.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(aside, self.path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -501,7 +501,8 @@ def files(folder):
 
 
 def run_until_killed(root, store, steps):
-    return subprocess.run([sys.executable, "-c", KILLED, str(root), str(store), str(steps)], capture_output=True, text=True)
+    command = [sys.executable, "-c", KILLED, str(root), str(store), str(steps)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_killed_again_and_again_the_bytes_are_the_same(sample, tmp_path):
@@ -545,14 +546,16 @@ def test_a_killed_parent_takes_its_workers_along_and_bytes_do_not_depend_on_proc
     script.write_text(PARALLEL)
     target, journal = tmp_path / "s", partial_folder(tmp_path / "s") / "journal.jsonl"
     child = subprocess.Popen([sys.executable, script, sample, target], stdout=subprocess.DEVNULL)
-    wait_for(journal.exists)
-    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
-    pids = workers.read_text().split() if workers.exists() else []
-    child.kill()
-    child.wait()
+    try:
+        wait_for(journal.exists, 100)
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        pids = workers.read_text().split() if workers.exists() else []
+    finally:
+        child.kill()
+        child.wait(timeout=60)
     wait_for(lambda: not any(alive(pid) for pid in pids))
     assert not target.exists()
-    finished = subprocess.run([sys.executable, script, sample, target], capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, script, sample, target], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     settings = CalvinSettings(points=32, size=16)
     convert(sample, tmp_path / "one", settings, shard_frames=4, language="")

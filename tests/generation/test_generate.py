@@ -136,9 +136,10 @@ def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path):
                 kills += 1
                 break
             time.sleep(0.001)
-        process.wait()
+        process.kill()
+        process.wait(timeout=60)
     assert kills >= 2
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
     assert _hashes(store) == _hashes(expected)
     assert not partial.exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -232,6 +233,24 @@ class At(Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if trainer.global_step == self.step and self.what in ("validating", "kill_validating"):
             os.kill(os.getpid(), signal.SIGTERM if self.what == "validating" else signal.SIGKILL)
+
+
+class Fill(Callback):
+    """Fills the disk of the run directory at one optimizer step, with a file that is called ``filler``.
+
+    Args:
+        step: before which optimizer step.
+        left: bytes left free.
+    """
+
+    def __init__(self, step: int, left: int) -> None:
+        self.step, self.left = step, left
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            folder = Path(trainer.default_root_dir)
+            with open(folder / "filler", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - self.left)
 
 
 def tiny_trainer(folder, *callbacks, **settings):
