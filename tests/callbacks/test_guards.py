@@ -123,7 +123,7 @@ def test_unused_and_frozen_parameters_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_parameters_that_are_not_float32_are_refused(tmp_path, precision):
-    with pytest.raises(ValueError, match="trained in float32.* bf16-mixed"):
+    with pytest.raises(ValueError, match=r"trained in float32.* bf16-mixed"):
         tiny_trainer(tmp_path, Guards(), precision=precision).fit(TinyPolicy(), datamodule=TinyData())
 
 
