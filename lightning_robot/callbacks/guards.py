@@ -32,7 +32,8 @@ class DiskFullError(OSError):
 
 
 class Guards(Callback):
-    """Stops on numbers that are not finite, refuses a start without disk space, and reports what is (not) trained.
+    """Stops on numbers that are not finite, refuses a start without disk space or with parameters that are not float32, and
+    reports what is (not) trained.
 
     The loss of every batch is checked; on an accelerator the answer is fetched every `check_every_n_steps` steps and before
     each checkpoint, so that no step waits for it. The identity of the batches (episode, segment, frame) is written to
@@ -56,6 +57,7 @@ class Guards(Callback):
         self._reported = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_other_than_float32(pl_module)
         if trainer.is_global_zero and self.check_disk and not trainer.fast_dev_run:
             keeper = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
             if keeper is not None:
@@ -175,6 +177,17 @@ class Guards(Callback):
         if self._in_a_row >= 20:
             self._losses, self._identities = [norm], [self._batch]
             self._stop(trainer, "gradient of 20 updates in a row")
+
+
+def refuse_other_than_float32(pl_module: LightningModule) -> None:
+    """Raises ValueError where a trainable parameter is not float32: in half precision small updates would round to nothing."""
+    for name, parameter in pl_module.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} is {kind}, but parameters are trained in float32: half precision loses small updates, and the "
+                "normaliser is float32 in any case. Set trainer.precision: bf16-mixed (or 32-true), which keeps them so."
+            )
 
 
 def describe_parameters(pl_module: LightningModule) -> str:

@@ -119,3 +119,21 @@ def test_unused_and_frozen_parameters_are_named(tmp_path, capsys):
     assert "6 frozen (frozen)" in out
     assert "2 trainable parameters take no part in the loss: unused.weight, unused.bias" in out
     assert out.count("Optimizer group 0") == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_parameters_that_are_not_float32_are_refused(tmp_path, precision):
+    with pytest.raises(ValueError, match=r"trained in float32.* bf16-mixed"):
+        tiny_trainer(tmp_path, Guards(), precision=precision).fit(TinyPolicy(), datamodule=TinyData())
+
+
+def test_mixed_precision_keeps_parameters_and_optimizer_in_float32(tmp_path):
+    policy = TinyPolicy()
+    trainer = tiny_trainer(tmp_path, Guards(), EMA(), precision="bf16-mixed")
+    trainer.fit(policy, datamodule=TinyData())
+    moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+    assert {value.dtype for value in [*policy.parameters(), *moments]} == {torch.float32}
+    trainer.save_checkpoint(tmp_path / "mixed.ckpt")
+    saved = torch.load(tmp_path / "mixed.ckpt", weights_only=True)
+    weights = [saved[part][name] for part in ("state_dict", "ema_state_dict") for name, _ in policy.named_parameters()]
+    assert {value.dtype for value in weights} == {torch.float32}
