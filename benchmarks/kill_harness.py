@@ -539,11 +539,11 @@ def follow(number: int, kind: Kind, command_line: bool, folder: Path, seed: int)
     """Runs one lineage; whether all is equal, and its lines for the log."""
     expected, seconds, configuration = uninterrupted(kind, folder)
     chance, late = random.Random(1000 * seed + number), 0
+    if command_line:
+        seconds += 8  # of imports
     while True:
         lineage = Lineage(number, kind, folder / f"lineage{number:02d}", configuration, command_line)
         shutil.rmtree(lineage.folder, ignore_errors=True)
-        if command_line:
-            seconds += 8  # of imports
         how = "command line" if command_line else "forked"
         head = f"lineage {number + 1}: {kind}, {how}"
         try:
@@ -551,7 +551,8 @@ def follow(number: int, kind: Kind, command_line: bool, folder: Path, seed: int)
             found = json.loads(json.dumps(traces(run, kind.ranks)))
             require_equal(found, expected)
         except Different as difference:
-            if isinstance(difference, Late) and (late := late + 1) < 5:
+            if isinstance(difference, Late) and (late := late + 1) < 8:
+                seconds *= 0.7  # the machine may have been slower when this was measured
                 continue  # begun again with other moments
             return False, [head, *lineage.lines, f"  FAILED: {difference}"]
         compared = f"{len(found['losses of rank 0'])} losses per rank, {len(found)} things in all"
