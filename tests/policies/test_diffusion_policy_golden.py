@@ -304,7 +304,7 @@ def test_training_curve_in_float32(folder, weights, curve, batches, run):
 
 @pytest.mark.slow
 def test_training_curve_in_mixed_bfloat16(folder, weights, curve, batches):
-    """TODO"""
+    """50 steps: the loss departs by 3.5 % at most."""
     policy = curve_policy(folder, weights, curve, "probe")
     found = follow(policy, batches, 50, clip=10.0, precision="bf16-mixed")
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
