@@ -36,9 +36,7 @@ def test_counts_are_summed_over_processes(tmp_path):
     context = get_context("fork")
     with context.Manager() as manager:
         results = manager.dict()
-        workers = [
-            context.Process(target=_count, args=(rank, tmp_path / "meet", results), daemon=True) for rank in range(2)
-        ]
+        workers = [context.Process(target=_count, args=(rank, tmp_path / "meet", results), daemon=True) for rank in range(2)]
         for worker in workers:
             worker.start()
         for worker in workers:

@@ -31,7 +31,7 @@ class Bands:
         update_norm: of the distance from the start, after as many steps; of the averages too.
         tensors: largest absolute difference of an entry of the named tensors after the last step, averages too.
         tensor_norms: of every tensor, and of its distance from the start, after the last step.
-        crossings: steps whose gradient may lie in the band behind theirs, see `FLOAT32`.
+        crossings: values that may lie in the band behind theirs, see `FLOAT32`.
     """
 
     loss: Sequence[float | None]
@@ -49,7 +49,8 @@ FLOAT64 = Bands(EXACT, EXACT, EXACT, EXACT, tensors=1e-9, tensor_norms=1e-7)
 # In float32 two runs come to a kink of |x| or ReLU on different sides now and then, and their gradients part for that step.
 # ACT's probe run does so in step 49, where one residual is 1e-4 in float64 and -5e-5 here: the norms part by 3.7e-4, while
 # float64 with this run's weights gives this run's norm to 6e-8. With its weights in another memory layout, or rounded once
-# more at the start, it happens in other steps or not at all; the distance from the start parts by less than 6e-5 in each case.
+# more at the start, it happens in other steps, once in the loss too, or not at all; the distance from the start parts by less
+# than 6e-5 in each case.
 FLOAT32 = {
     ("dp3", "published"): Bands([1e-5] * 5, [1e-3] * 5, [1e-6] * 5, [1e-5] * 5, 5e-6),
     ("dp3", "probe"): Bands([3e-4] * 5, [2e-3] * 5, [5e-6] * 5, [1e-4] * 5, 2e-5),
@@ -57,7 +58,7 @@ FLOAT32 = {
         [3e-6, 5e-5, 1e-3, 1.5e-2, 0.1], [3e-5, 3e-5, 1e-3, 2e-2, 0.1], [2e-6] * 5, [3e-5, 3e-5, 5e-4, 1e-2, 2e-2]
     ),
     ("act", "probe"): Bands(
-        [3e-6, 3e-6, 1e-5, 1e-3, 3e-3], [5e-6, 5e-6, 3e-5, 5e-3, 2e-2], [2e-6] * 5, [5e-4] * 5, 1e-4, crossings=1
+        [3e-6, 3e-6, 1e-5, 1e-3, 3e-3], [5e-6, 5e-6, 3e-5, 5e-3, 2e-2], [2e-6] * 5, [5e-4] * 5, 1e-4, crossings=3
     ),
     ("diffusion", "published"): Bands(
         [2e-5, 1e-3, 4e-2, 0.2, 0.2], [5e-4, 2e-2, None, None, None], [3e-5] * 5, [1e-5, 1e-5, 2e-3, 2e-3, 2e-3]
@@ -181,7 +182,7 @@ def check(
             tolerance = tolerances[band]
             if tolerance is None:
                 continue
-            if name == "grad_norm" and abs(value - theirs) > tolerance * scale and crossings < bands.crossings:
+            if abs(value - theirs) > tolerance * scale and crossings < bands.crossings:
                 crossings, tolerance = crossings + 1, tolerances[min(band + 1, 4)]
             assert_close(value, theirs, tolerance, f"{name} of step {step}", scale)
     for step, rates in enumerate(found.series["lr"]):
