@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lightning_robot.data.cache import writable_folder
-from lightning_robot.data.clips import DEPTH, DEPTH_ENCODING, ENCODINGS, depth_codes, join_clips, write_clip
+from lightning_robot.data.clips import DEPTH, DEPTH_ENCODING, ENCODINGS, depth_codes, join_clips, try_encoding, write_clip
 from lightning_robot.data.lerobot_checksums import changed_parts, column_checksum, noted_checksums
 from lightning_robot.data.lerobot_meta import NOTES
 from lightning_robot.data.store import StoreError, partial_folder
@@ -77,7 +77,8 @@ class LeRobotWriter:
             provenance: where the data come from, plain containers without times.
 
         Raises:
-            StoreError: the dataset exists, an unfinished one with other settings does, or the rate is no whole number.
+            StoreError: the dataset exists, an unfinished one with other settings does, the rate is no whole number, or the
+                encoder does not take pictures of this size.
         """
         self.path = Path(path).expanduser().absolute()
         self.partial = partial_folder(self.path)
@@ -87,6 +88,7 @@ class LeRobotWriter:
             raise StoreError(f"pictures {pictures!r}: use {', '.join(PICTURES)}.")
         chosen = rate or features.control_rate
         if chosen <= 0 or chosen != round(chosen):
+        check_encoding(features, pictures)
             raise StoreError(
                 f"{self.path}: LeRobot datasets run at a whole number of frames per second; the source "
                 + (f"has {chosen:g}." if chosen else "does not say its rate: give it (--rate).")
@@ -540,6 +542,28 @@ def _vector(feature: Feature) -> dict[str, Any]:
 
 def _is_picture(key: str) -> bool:
     return key.startswith("observation.images.") or _is_depth(key)
+
+def check_encoding(features: Features, pictures: str) -> None:
+    """Refuses, before any work, pictures that the encoder does not take.
+
+    Args:
+        features: of the frames that will be written.
+        pictures: see `LeRobotWriter`.
+
+    Raises:
+        StoreError: names the camera, its size and what to do.
+    """
+    if pictures == "png":
+        return
+    for key, feature in features.observations.items():
+        if not _is_picture(key):
+            continue
+        height, width = feature.shape[1:]
+        try:
+            try_encoding(height, width, DEPTH_ENCODING if _is_depth(key) else ENCODINGS[pictures])
+        except StoreError as error:
+            raise StoreError(f"{key}: {error}") from error
+
 
 
 def _is_depth(key: str) -> bool:

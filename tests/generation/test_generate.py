@@ -310,6 +310,14 @@ def test_settings_that_cannot_work(tmp_path):
 
 
 def test_play_table_demonstrations_replay_to_the_last_bit(tmp_path):
+def test_pictures_that_no_video_holds_are_refused_before_the_work(tmp_path):
+    arm = {"env": "lightning_robot/SO101PickPlace-v0", "env_kwargs": {"camera_sizes": 65}, "format": "lerobot", "processes": 1}
+    for pictures in ("av1", "h264"):
+        with pytest.raises(GenerationError, match=r"observation.images.overhead: .*65 x 65.*--pictures png.*--camera-size"):
+            generate(tmp_path / "arm", **arm, pictures=pictures)
+    assert not list(tmp_path.iterdir())
+
+
     from lightning_robot.envs import make_environment
     from lightning_robot.envs.calvin_tasks import PARAPHRASES, SENTENCES
 
