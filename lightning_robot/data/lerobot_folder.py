@@ -230,12 +230,13 @@ class LeRobotFolder:
 
     @property
     def language(self) -> dict[str, Any]:
-        """``texts`` and ``tasks`` (the sentences of tasks), ``encoder`` and ``embeddings`` None."""
-        return {"texts": self._table.texts, "tasks": self._table.texts, "encoder": None, "embeddings": None}
+        """``texts``, ``tasks`` (their ids where we wrote the dataset, else the sentences), ``encoder``, ``embeddings`` None."""
+        texts, ids = self._table.texts, self.notes.get("tasks") or {}
+        return {"texts": texts, "tasks": [ids.get(text, text) for text in texts], "encoder": None, "embeddings": None}
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What our own writer noted besides: ``features``, ``provenance``, ``checksums``; empty for other writers."""
+        """What our own writer noted besides: ``features``, ``provenance``, ``tasks``, ``checksums``; else empty."""
         return read_notes(self.path)
 
     @property

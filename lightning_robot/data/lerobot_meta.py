@@ -14,7 +14,8 @@ from lightning_robot.data.store import StoreError
 
 INFO = "meta/info.json"
 NOTES = "meta/lightning_robot.json"
-"""What our stores know beyond LeRobot's format, in the datasets that we write: ``features`` and ``provenance``."""
+"""What our stores know beyond LeRobot's format, in the datasets that we write: ``features``, ``tasks``, ``provenance``."""
+STATISTICS = "meta/stats.json"
 FROM_VERSION = {
     3: {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",

@@ -2,7 +2,7 @@
 
     <name>/
       meta/info.json, stats.json, tasks.parquet, episodes/chunk-000/file-000.parquet
-      meta/lightning_robot.json      what our stores know besides: features with units and kinds, provenance; checksums
+      meta/lightning_robot.json      what our stores know besides: features with units and kinds, ids of tasks; checksums
       data/chunk-000/file-000.parquet
       videos/<camera>/chunk-000/file-000.mp4
 
@@ -65,6 +65,7 @@ class LeRobotWriter:
         pictures: str = "av1",
         robot: str | None = None,
         provenance: Mapping[str, Any] | None = None,
+        tasks: Mapping[str, str] | None = None,
     ) -> None:
         """Begins a dataset, or continues it.
 
@@ -75,6 +76,7 @@ class LeRobotWriter:
             pictures: ``av1`` or ``h264`` for video, ``png`` for pictures inside the parquet files.
             robot: name of the robot, where LeRobot wants to know it.
             provenance: where the data come from, plain containers without times.
+            tasks: of sentences the id of the task, where they have one: LeRobot itself knows sentences alone.
 
         Raises:
             StoreError: the dataset exists, an unfinished one with other settings does, the rate is no whole number, or the
@@ -86,16 +88,17 @@ class LeRobotWriter:
             raise StoreError(f"{self.path} exists. Use it, delete it, or write to another place.")
         if pictures not in PICTURES:
             raise StoreError(f"pictures {pictures!r}: use {', '.join(PICTURES)}.")
+        check_encoding(features, pictures)
         chosen = rate or features.control_rate
         if chosen <= 0 or chosen != round(chosen):
-        check_encoding(features, pictures)
             raise StoreError(
                 f"{self.path}: LeRobot datasets run at a whole number of frames per second; the source "
                 + (f"has {chosen:g}." if chosen else "does not say its rate: give it (--rate).")
             )
         self.rate, self.pictures = round(chosen), pictures
         self.features, self.robot = features, robot
-        self._notes = json.loads(json.dumps({"features": features.to_dict(), "provenance": dict(provenance or {})}))
+        notes = {"features": features.to_dict(), "provenance": dict(provenance or {}), "tasks": dict(tasks or {})}
+        self._notes = json.loads(json.dumps(notes))
         self._keys = (*features.observations, "action")
         self._begin()
         self._tasks: dict[str, int] = {}
@@ -540,9 +543,6 @@ def _vector(feature: Feature) -> dict[str, Any]:
     return {"dtype": "float32", "shape": shape, "names": names}
 
 
-def _is_picture(key: str) -> bool:
-    return key.startswith("observation.images.") or _is_depth(key)
-
 def check_encoding(features: Features, pictures: str) -> None:
     """Refuses, before any work, pictures that the encoder does not take.
 
@@ -564,6 +564,9 @@ def check_encoding(features: Features, pictures: str) -> None:
         except StoreError as error:
             raise StoreError(f"{key}: {error}") from error
 
+
+def _is_picture(key: str) -> bool:
+    return key.startswith("observation.images.") or _is_depth(key)
 
 
 def _is_depth(key: str) -> bool:

@@ -155,6 +155,7 @@ def test_a_lerobot_dataset_is_written_and_verified(tmp_path, capsys):
         np.testing.assert_array_equal(folder.gather(key, np.arange(store.num_frames)), store.read(key, slice(None)))
     texts = [store.language["texts"][row] for row in store.segments[:, 2]]
     assert [folder.language["texts"][folder.frame_texts[start]] for start in folder.episode_starts] == texts
+    assert set(folder.language["tasks"]) == {"left", "right"}
     generate(path, **settings)
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(GenerationError, match="output 'lerobot png' there, 'lerobot av1' asked for"):
@@ -309,7 +310,6 @@ def test_settings_that_cannot_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_play_table_demonstrations_replay_to_the_last_bit(tmp_path):
 def test_pictures_that_no_video_holds_are_refused_before_the_work(tmp_path):
     arm = {"env": "lightning_robot/SO101PickPlace-v0", "env_kwargs": {"camera_sizes": 65}, "format": "lerobot", "processes": 1}
     for pictures in ("av1", "h264"):
@@ -318,6 +318,7 @@ def test_pictures_that_no_video_holds_are_refused_before_the_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_play_table_demonstrations_replay_to_the_last_bit(tmp_path):
     from lightning_robot.envs import make_environment
     from lightning_robot.envs.calvin_tasks import PARAPHRASES, SENTENCES
 
