@@ -61,9 +61,7 @@ def image_backbone(
     if norm not in norms:
         raise ValueError(f"Unknown norm {norm!r} of the image backbone; use {', '.join(norms)}.")
     if name.partition(".")[0] not in timm.list_models("*resnet*"):
-        raise ValueError(
-            f"backbone: timm has no ResNet {name!r}; it has resnet18, resnet34, resnet50, resnet10t and others."
-        )
+        raise ValueError(f"backbone: timm has no ResNet {name!r}; it has resnet18, resnet34, resnet50, resnet10t and others.")
     options: dict[str, Any] = {}
     if width != 1:
         if pretrained or not name.endswith("t"):

@@ -266,6 +266,11 @@ def test_a_tolerance_is_no_negative_time():
         LeRobotDataModule(tolerance=-1)
 
 
+def test_a_window_does_not_begin_late():
+    with pytest.raises(ValueError, match="pad_before: -1; it is a number of steps, 0 or more"):
+        LeRobotDataModule(pad_before=-1)
+
+
 # Download.
 
 
