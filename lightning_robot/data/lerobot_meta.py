@@ -16,6 +16,7 @@ INFO = "meta/info.json"
 NOTES = "meta/lightning_robot.json"
 """What our stores know beyond LeRobot's format, in the datasets that we write: ``features``, ``tasks``, ``provenance``."""
 STATISTICS = "meta/stats.json"
+"""Of all episodes, in v3.0 and v2.0."""
 FROM_VERSION = {
     3: {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -132,7 +133,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     for name, feature in info["features"].items():
         dtype, shape = (feature.get("dtype"), feature.get("shape")) if isinstance(feature, dict) else (None, None)
         sized = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
-        if dtype in ("image", "video"):
+        if isinstance(shape, list) and dtype in ("image", "video"):
             sized = sized and len(shape) == 3
         if not (isinstance(dtype, str) and (sized or dtype in ("string", "language"))):
             raise StoreError(
