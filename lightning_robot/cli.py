@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from contextlib import suppress
 from difflib import get_close_matches
@@ -453,6 +454,15 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether the package raised the error itself, with a sentence about a setting or the data.
+
+    What torch, numpy or a dictionary raises is a fault, and needs its traceback.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
+
+
 def main(argv: list[str]) -> int:
     """Runs fit, validate, test or predict.
 
@@ -481,6 +491,11 @@ def main(argv: list[str]) -> int:
         return 2
     except (IncompatibleFeatures, StoreError, EnvironmentFault, NonFiniteError, OSError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError) as error:
+        if not _is_refusal(error):
+            raise
+        print(f"error: {error.args[0]}", file=sys.stderr)
         return 1
     finally:
         run = os.environ.pop(HANDED_OVER, None)

@@ -349,3 +349,16 @@ def test_only_the_words_of_the_constructor_that_refuses_are_shown(tmp_path, caps
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
     assert main(["fit", "--config", str(tmp_path / "odd.yaml"), "--run.root", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: action_horizon=15 must be a multiple of 4")
+
+
+def test_what_building_the_policy_refuses_is_one_line_but_a_fault_keeps_its_traceback(config, tmp_path, monkeypatch, capsys):
+    """A setting that only the data can judge is refused with a sentence; what torch raises is for who mends it."""
+    no_step = {"class_path": "lightning_robot.transforms.postprocess.Clip", "init_args": {"low": 1.0, "high": 0.0}}
+    model = CONFIG["model"] | {"init_args": {"postprocess": [no_step]}}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}))
+    assert main(["fit", "--config", str(tmp_path / "bad.yaml"), "--run.root", str(tmp_path / "runs")]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Clip" in last
+    with pytest.raises(ValueError, match="dropout probability"):
+        main(["fit", "--config", str(config), "--run.root", str(tmp_path / "runs"), "--model.dropout=2"])

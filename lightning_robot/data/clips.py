@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def write_clip(path: Path, frames: np.ndarray, rate: int, encoding: Encoding) ->
     if encoding.pixel_format == "yuv420p" and (height % 2 or width % 2):
         raise StoreError(
             f"Video holds pictures of even height and width only; these have {height} x {width}. Store them as PNG "
-            "(--pictures png), or record another size."
+            "(--pictures png), or record another size (generate: --camera-size)."
         )
     os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder prints its settings for every clip
     aside = path.with_suffix(".tmp")
@@ -103,11 +104,24 @@ def write_clip(path: Path, frames: np.ndarray, rate: int, encoding: Encoding) ->
         aside.unlink(missing_ok=True)
         raise StoreError(
             f"Pictures of {height} x {width} cannot be encoded by {encoding.encoder} ({error}). Store them as PNG "
-            "(--pictures png)."
+            "(--pictures png), or record another size (generate: --camera-size)."
         ) from error
     if count != len(frames):
         raise StoreError(f"{path}: {encoding.encoder} made {count} packets of {len(frames)} frames.")
     os.replace(aside, path)
+
+
+def try_encoding(height: int, width: int, encoding: Encoding) -> None:
+    """Encodes two black pictures, to learn before the work whether the encoder is there and takes their size.
+
+    Raises:
+        StoreError: see `write_clip`.
+    """
+    frames = (
+        np.zeros((2, height, width), np.uint16) if encoding is DEPTH_ENCODING else np.zeros((2, height, width, 3), np.uint8)
+    )
+    with TemporaryDirectory() as folder:
+        write_clip(Path(folder) / "try.mp4", frames, 30, encoding)
 
 
 def join_clips(path: Path, clips: Sequence[Path], rate: int) -> int:

@@ -49,6 +49,7 @@ def convert_to_lerobot(
             pictures=pictures,
             robot=robot or source.features.source.get("robot"),
             provenance={**source.provenance, "store": source.fingerprint},
+            tasks=dict(zip(source.language["texts"], source.language["tasks"])) if source.language else None,
         )
         sample = FrameSample(source.num_frames)
         keys = (*source.features.observations, "action")

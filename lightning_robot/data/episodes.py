@@ -98,6 +98,9 @@ class EpisodeDataModule(LightningDataModule):
             raise ValueError(f"num_workers: {num_workers}; 0 gathers batches in the training process.")
         if max_train_episodes is not None and max_train_episodes < 1:
             raise ValueError(f"max_train_episodes: {max_train_episodes}; leave it out for no limit.")
+        for name, pad in (("pad_before", pad_before), ("pad_after", pad_after)):
+            if pad is not None and pad < 0:
+                raise ValueError(f"{name}: {pad}; it is a number of steps, 0 or more, or null for the policy's.")
         self.store_path = None if store is None else Path(store).expanduser().absolute()
         self.batch_size, self.num_workers, self.drop_last, self.decode = batch_size, num_workers, drop_last, decode
         self.validation_ratio, self.max_train_episodes, self.seed = validation_ratio, max_train_episodes, seed

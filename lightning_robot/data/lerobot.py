@@ -11,7 +11,8 @@ import numpy as np
 from lightning_robot.console import say
 from lightning_robot.data.cache import cache_folder, decoded_array
 from lightning_robot.data.episodes import EpisodeDataModule
-from lightning_robot.data.lerobot_folder import LeRobotFolder
+from lightning_robot.data.lerobot_folder import JOINT_UNITS, MOST_NORMALIZED, LeRobotFolder
+from lightning_robot.data.lerobot_meta import STATISTICS, read_json
 from lightning_robot.data.store import StoreError
 from lightning_robot.data.windows import window_steps
 from lightning_robot.transforms.statistics import Statistics
@@ -48,6 +49,7 @@ class LeRobotDataModule(EpisodeDataModule):
         pad_before: int | None = None,
         drop_last: bool = False,
         decode: bool = False,
+        joint_units: str | None = None,
     ) -> None:
         """Describes the data; nothing is opened or downloaded yet.
 
@@ -70,6 +72,9 @@ class LeRobotDataModule(EpisodeDataModule):
             drop_last: leave out an epoch's smaller last batch.
             decode: decode all pictures once into memory-mapped files, whose sizes are said before; batches then cost no
                 decoding.
+            joint_units: ``degrees`` or ``normalized`` (-100 to 100), of the joints of an SO-100 or SO-101 that somebody else
+                recorded: LeRobot does not note it. None reads degrees off where a joint exceeds 100, else says that it is not
+                known; environments can then not check it.
         """
         super().__init__(
             root,
@@ -90,7 +95,11 @@ class LeRobotDataModule(EpisodeDataModule):
             raise ValueError(f"tolerance: {tolerance}; it is a time in seconds, 0 or more.")
         self.repo_id, self.revision, self.backend, self.tolerance = repo_id, revision, backend, tolerance
         self.drop_n_last_frames = drop_n_last_frames
+        if joint_units not in (None, *JOINT_UNITS):
+            raise ValueError(f"joint_units: {joint_units!r}; it is {', '.join(JOINT_UNITS)} or null.")
+        self.joint_units = joint_units
         self._folder: LeRobotFolder | None = None
+        self._compared = False
 
     def find_store(self) -> Path:
         """The dataset's folder, or where it will be downloaded to."""
@@ -128,23 +137,55 @@ class LeRobotDataModule(EpisodeDataModule):
     def open_store(self, path: Path) -> Any:
         """The folder, read as an episode store is read; once, however often it is asked for."""
         if self._folder is None or self._folder.path != path:
-            self._folder = LeRobotFolder.open(path, self.backend, self.tolerance)
+            self._folder = LeRobotFolder.open(path, self.backend, self.tolerance, self.joint_units)
+            self._check_joint_units(self._folder)
             if self.repo_id is not None and (path / COMMIT).exists():
                 commit = (path / COMMIT).read_text().strip()
                 say(f"{self.repo_id} at {self.revision}, commit {commit}, in {path} (delete it to download anew).")
         return self._folder
 
     def setup(self, stage: str | None = None) -> None:
-        """As `EpisodeDataModule.setup`; then looks whether the videos of the chosen episodes are there and long enough.
+        """As `EpisodeDataModule.setup`; then looks whether the chosen episodes have whole videos, and values that are numbers.
 
         Raises:
             StoreError: see `LeRobotFolder`.
         """
         super().setup(stage)
         store: Any = self.store
-        store.check_videos(self.window.keys, np.concatenate([self.train_episodes, self.validation_episodes]))
+        episodes = np.concatenate([self.train_episodes, self.validation_episodes])
+        store.check_videos(self.window.keys, episodes)
+        for key in (*self.window.keys, "action"):
+            if key not in store.cameras:
+                store.check_numbers(key, episodes)
+        if not self._compared:
+            self._compared = True
+            if doubtful := doubtful_statistics(store, (*self.window.keys, "action")):
+                say(
+                    f"{store.path / STATISTICS} does not describe the data ({'; '.join(doubtful)}): nothing is taken from it, "
+                    "statistics are computed from the training episodes."
+                )
 
     # Below: private.
+
+    def _check_joint_units(self, folder: LeRobotFolder) -> None:
+        """Says or refuses what the range of an arm's joints tells of their units."""
+        largest, asked = folder.largest_joint, self.joint_units
+        if largest is None:
+            if asked is not None:
+                raise StoreError(
+                    f"joint_units: {asked}, but {folder.path} names no joints of an SO-100 or SO-101 (shoulder_pan), or notes "
+                    "their units itself. Leave the setting out."
+                )
+        elif largest > MOST_NORMALIZED:
+            if asked == "normalized":
+                raise StoreError(f"joint_units: normalized, but a joint reaches {largest:.0f} in {folder.path}: set degrees.")
+            if asked is None:
+                say(f"{folder.path}: a joint reaches {largest:.0f}, more than normalised ones, so its joints are in degrees.")
+        elif asked is None:
+            say(
+                f"{folder.path}: values within ±{largest:.0f} do not tell whether joints are in degrees or normalised (-100 to "
+                "100). A policy acts in the dataset's units; so that environments check them, set data.init_args.joint_units."
+            )
 
     def _array(self, store: Any, key: str, channels: int | None) -> Any:
         if key not in store.cameras:
@@ -197,6 +238,49 @@ def merged_statistics(episodes: list[dict[str, np.ndarray]]) -> Statistics:
     middle = (count * mean).sum(axis=0) / total
     variance = (count * (std**2 + (mean - middle) ** 2)).sum(axis=0) / total
     return Statistics(low, high, middle, np.sqrt(variance), low, high, int(total))
+
+
+def doubtful_statistics(folder: LeRobotFolder, keys: tuple[str, ...]) -> list[str]:
+    """What meta/stats.json says otherwise than the data of all episodes, or leaves out, in words; v2.1 has no such file.
+
+    Pictures are compared with what the writer noted of each episode, where it did; they are not decoded for this.
+
+    Args:
+        folder: the dataset.
+        keys: batch keys to look at.
+    """
+    file = folder.path / STATISTICS
+    if not file.exists():
+        return [] if str(folder.info["codebase_version"]) == "v2.1" else ["the file is missing"]
+    try:
+        noted = read_json(file)
+        return [line for key in keys if (line := _doubt(folder, key, noted)) is not None]
+    except (StoreError, AttributeError, TypeError, ValueError) as error:
+        return [f"the file is damaged: {error}"]
+
+
+def _doubt(folder: LeRobotFolder, key: str, noted: dict[str, Any]) -> str | None:
+    column = folder.cameras[key].column if key in folder.cameras else key
+    if column not in noted:
+        return f"{column} is missing"
+    if key in folder.cameras:
+        episodes = folder.episode_statistics(key, np.arange(folder.num_episodes))
+        if episodes is None:
+            return None
+        merged = merged_statistics(episodes)
+        found = {"min": merged.min, "max": merged.max, "mean": merged.mean, "std": merged.std}
+    else:
+        values = folder.whole(key).reshape(folder.num_frames, -1).astype(np.float64)
+        values = values[np.isfinite(values).all(1)]  # those of episodes that are left out may be anything
+        found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    # Writers sample, and add up in single precision.
+    allowed = 0.02 * (found["max"] - found["min"]) + 1e-3 * np.maximum(np.abs(found["max"]), np.abs(found["min"])) + 1e-6
+    wrong = []
+    for name, value in found.items():
+        said = np.asarray(noted[column].get(name, np.nan), np.float64).reshape(-1)
+        if said.shape != value.shape or not (np.abs(said - value) <= allowed).all():
+            wrong.append(name)
+    return f"{column}: {', '.join(wrong)}" if wrong else None
 
 
 def _is_sound(episode: dict[str, np.ndarray]) -> bool:

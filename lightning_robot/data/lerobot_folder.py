@@ -22,6 +22,10 @@ from lightning_robot.data.store import StoreError
 from lightning_robot.data.video import DepthCode, VideoFrames, frame_count, video_backend
 from lightning_robot.features import Feature, Features
 
+JOINT_UNITS = {"degrees": "degrees, %", "normalized": "%"}
+"""Units in which LeRobot drives an SO-100 or SO-101, and how `Feature` calls them; the gripper is always in per cent."""
+MOST_NORMALIZED = 101.0
+"""What LeRobot clips normalised joints to, with room for rounding."""
 COUNTERS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns that every LeRobot dataset has."""
 
@@ -71,8 +75,17 @@ class LeRobotFolder:
     episode_split = None
     segments = None
 
-    def __init__(self, path: Path, info: dict[str, Any], table: Table, backend: str | None, tolerance: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        info: dict[str, Any],
+        table: Table,
+        backend: str | None,
+        tolerance: float,
+        joint_units: str | None = None,
+    ) -> None:
         self.path, self.info, self.backend, self.tolerance = path, info, backend, tolerance
+        self.asked_units = joint_units
         self.fps = float(info["fps"])
         self.episode_ends = np.cumsum(table.lengths)
         self.episode_starts = self.episode_ends - table.lengths
@@ -87,19 +100,22 @@ class LeRobotFolder:
         self._lazy: dict[str, VideoFrames | Pictures] = {}
 
     @classmethod
-    def open(cls, path: str | Path, backend: str | None = None, tolerance: float = 1e-4) -> LeRobotFolder:
+    def open(
+        cls, path: str | Path, backend: str | None = None, tolerance: float = 1e-4, joint_units: str | None = None
+    ) -> LeRobotFolder:
         """Opens a dataset and checks that its tables agree with each other.
 
         Args:
             path: the folder that holds meta, data and videos.
             backend: ``"torchcodec"`` or ``"pyav"``; None takes the first that loads.
             tolerance: seconds by which a recorded time may differ from its frame number.
+            joint_units: ``degrees`` or ``normalized``, of an SO-100's or SO-101's joints, where the dataset does not say.
 
         Raises:
             StoreError: there is none; another version; files, rows or entries are missing or contradict each other.
         """
         path = Path(path).expanduser().absolute()
-        return cls(path, *read_meta(path), backend, tolerance)
+        return cls(path, *read_meta(path), backend, tolerance, joint_units)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """(frames, ...); pictures are (height, width, 3), depth is (height, width)."""
@@ -171,6 +187,23 @@ class LeRobotFolder:
             for file in progress(used.tolist(), description=f"checking videos of {key}", unit="files"):
                 self._check_video(camera, file, episodes)
 
+    def check_numbers(self, key: str, episodes: np.ndarray) -> None:
+        """Makes sure that the values of some episodes are numbers.
+
+        Raises:
+            StoreError: names the key, the episode and the frame.
+        """
+        values = self._vector(key).reshape(self.num_frames, -1)
+        chosen = np.repeat(np.isin(np.arange(self.num_episodes), episodes), self._table.lengths)
+        wrong = np.flatnonzero(chosen & ~np.isfinite(values).all(1))
+        if len(wrong):
+            episode = int(np.searchsorted(self.episode_ends, wrong[0], side="right"))
+            raise StoreError(
+                f"{self.path}: {key} of episode {episode}, frame {wrong[0] - self.episode_starts[episode]} holds a value that "
+                f"is no number ({len(wrong)} such frames). Record it again, or leave such episodes out with "
+                "data.init_args.train_episodes and validation_episodes."
+            )
+
     def episode_statistics(self, key: str, episodes: np.ndarray) -> list[dict[str, np.ndarray]] | None:
         """What the writer noted of a feature, per episode; None unless every one of these episodes has it.
 
@@ -196,7 +229,7 @@ class LeRobotFolder:
         for key in self.keys:
             shape = self.shape(key)[1:]
             if key not in self.cameras:
-                observations[key] = Feature(shape, names=_names(described[key], shape))
+                observations[key] = Feature(shape, names=_names(described[key], shape), unit=self._joint_unit(key))
             elif self.cameras[key].depth:
                 observations[key] = Feature((1, *shape), unit="m")
             else:
@@ -230,12 +263,13 @@ class LeRobotFolder:
 
     @property
     def language(self) -> dict[str, Any]:
-        """``texts`` and ``tasks`` (the sentences of tasks), ``encoder`` and ``embeddings`` None."""
-        return {"texts": self._table.texts, "tasks": self._table.texts, "encoder": None, "embeddings": None}
+        """``texts``, ``tasks`` (their ids where we wrote the dataset, else the sentences), ``encoder``, ``embeddings`` None."""
+        texts, ids = self._table.texts, self.notes.get("tasks") or {}
+        return {"texts": texts, "tasks": [ids.get(text, text) for text in texts], "encoder": None, "embeddings": None}
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What our own writer noted besides: ``features``, ``provenance``, ``checksums``; empty for other writers."""
+        """What our own writer noted besides: ``features``, ``provenance``, ``tasks``, ``checksums``; else empty."""
         return read_notes(self.path)
 
     @property
@@ -249,9 +283,30 @@ class LeRobotFolder:
         return {"codebase_version": self.info["codebase_version"], "robot_type": self.info.get("robot_type")}
 
     def __reduce__(self) -> Any:
-        return LeRobotFolder.open, (self.path, self.backend, self.tolerance)
+        return LeRobotFolder.open, (self.path, self.backend, self.tolerance, self.asked_units)
+
+    @cached_property
+    def largest_joint(self) -> float | None:
+        """The largest absolute value of an SO arm's joints, grippers left out, where nobody noted their unit; else None."""
+        columns = [self._vector(key)[:, joints] for key in self._arrays if len(joints := self._joints(key))]
+        return max(float(np.nanmax(np.abs(values))) for values in columns) if columns and self._noted is None else None
 
     # Below: private.
+
+    def _joints(self, key: str) -> list[int]:
+        """Which elements of a vector are joints of an SO-100 or SO-101 that turn; empty where it is no such arm's."""
+        values = self._vector(key)
+        names = _names(self.info["features"][key], values.shape[1:])
+        if not any("shoulder_pan" in name for name in names) or any(name.endswith(".vel") for name in names):
+            return []
+        return [number for number, name in enumerate(names) if "gripper" not in name]
+
+    def _joint_unit(self, key: str) -> str:
+        """The unit asked for, else degrees where a joint exceeds what a normalised one reaches, else none."""
+        largest = self.largest_joint
+        if largest is None or not self._joints(key):
+            return ""
+        return JOINT_UNITS.get(self.asked_units or ("degrees" if largest > MOST_NORMALIZED else ""), "")
 
     @cached_property
     def _noted(self) -> Features | None:
@@ -375,13 +430,13 @@ class LeRobotFolder:
                 )
         expected = frame / self.fps
         apart = np.abs(columns["timestamp"].astype(np.float64) - expected)
-        wrong = np.flatnonzero(apart > self.tolerance + np.spacing(expected.astype(np.float32)))
+        wrong = np.flatnonzero(~(apart <= self.tolerance + np.spacing(expected.astype(np.float32))))  # no number is wrong, too
         if len(wrong):
             row = int(wrong[0])
             raise StoreError(
                 f"{self.path}: timestamp of episode {episode[row]}, frame {frame[row]} is {columns['timestamp'][row]:.6f} s, "
                 f"{apart[row]:.6f} s away from frame / fps = {expected[row]:.6f} s ({len(wrong)} such frames; the furthest "
-                f"{apart.max():.6f} s). {_TOLERANCE}"
+                f"{np.nanmax(apart):.6f} s). {_TOLERANCE}"
             )
         self.frame_texts = columns["task_index"].astype(np.int64)
         wrong = np.flatnonzero((self.frame_texts < 0) | (self.frame_texts >= len(self._table.texts)))

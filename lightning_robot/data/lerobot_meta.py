@@ -14,7 +14,9 @@ from lightning_robot.data.store import StoreError
 
 INFO = "meta/info.json"
 NOTES = "meta/lightning_robot.json"
-"""What our stores know beyond LeRobot's format, in the datasets that we write: ``features`` and ``provenance``."""
+"""What our stores know beyond LeRobot's format, in the datasets that we write: ``features``, ``tasks``, ``provenance``."""
+STATISTICS = "meta/stats.json"
+"""Of all episodes, in v3.0 and v2.0."""
 FROM_VERSION = {
     3: {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -85,13 +87,19 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path} is damaged ({error}). Copy or download it again.") from error
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The entries of a file with one per line, each of which has the `needed` names."""
     if not path.is_file():
         raise StoreError(f"{path} is missing: the folder is no LeRobot v2.1 dataset, or was not copied whole.")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is damaged ({error}). Copy or download it again.") from error
+    for number, line in enumerate(lines, start=1):
+        lacking = [name for name in needed if not isinstance(line, dict) or name not in line]
+        if lacking:
+            raise StoreError(f"{path}: entry {number} has no {', '.join(lacking)}. Copy or download the file again.")
+    return lines
 
 
 def _read_info(path: Path) -> dict[str, Any]:
@@ -115,6 +123,23 @@ def _read_info(path: Path) -> dict[str, Any]:
             f"{path / INFO} says codebase_version {version!r}; v3.0, v2.1 and v2.0 are read. Convert the dataset with "
             "LeRobot's own scripts, or update this project if the version is newer."
         )
+    for name in ("fps", "total_episodes", "total_frames"):
+        if isinstance(info[name], bool) or not isinstance(info[name], (int, float)) or info[name] <= 0:
+            raise StoreError(f"{path / INFO}: {name} is {info[name]!r}, where a positive number belongs. Correct it there.")
+    if not isinstance(info["features"], dict):
+        raise StoreError(
+            f"{path / INFO}: features is no table of names, but {info['features']!r:.40}. Copy or download it again."
+        )
+    for name, feature in info["features"].items():
+        dtype, shape = (feature.get("dtype"), feature.get("shape")) if isinstance(feature, dict) else (None, None)
+        sized = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+        if isinstance(shape, list) and dtype in ("image", "video"):
+            sized = sized and len(shape) == 3
+        if not (isinstance(dtype, str) and (sized or dtype in ("string", "language"))):
+            raise StoreError(
+                f"{path / INFO}: feature {name} is {feature!r:.80}; it needs a dtype and a shape, a list of whole numbers "
+                "(three for pictures). Correct it there, or copy the file again."
+            )
     return info
 
 
@@ -195,7 +220,10 @@ def _texts_v3(path: Path) -> list[str]:
     file = path / "meta/tasks.parquet"
     if not file.is_file():
         raise StoreError(f"{file} is missing: the folder was not copied whole.")
-    table = parquet.read_table(file, partitioning=None)
+    try:
+        table = parquet.read_table(file, partitioning=None)
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{file} cannot be read ({error}). Copy or download it again.") from error
     texts = [name for name in table.column_names if arrow.types.is_string(table.schema.field(name).type)]
     texts += [name for name in table.column_names if arrow.types.is_large_string(table.schema.field(name).type)]
     name = "task" if "task" in texts else texts[0] if len(texts) == 1 else None
@@ -216,7 +244,9 @@ def _in_order(numbers: list[int], texts: list[str], file: Path) -> list[str]:
 
 
 def _table_v2(path: Path, info: dict[str, Any]) -> Table:
-    episodes = sorted(_read_lines(path / "meta/episodes.jsonl"), key=lambda line: line["episode_index"])
+    episodes = sorted(
+        _read_lines(path / "meta/episodes.jsonl", "episode_index", "length"), key=lambda line: line["episode_index"]
+    )
     if [line["episode_index"] for line in episodes] != list(range(len(episodes))):
         raise StoreError(f"{path}/meta/episodes.jsonl: episode_index must count from 0 without gaps.")
     chunk = int(info.get("chunks_size") or 1000)
@@ -227,11 +257,11 @@ def _table_v2(path: Path, info: dict[str, Any]) -> Table:
 
     keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
     videos = {key: (places(_template(info, "video_path"), key), np.zeros(len(episodes))) for key in keys}
-    tasks = _read_lines(path / "meta/tasks.jsonl")
+    tasks = _read_lines(path / "meta/tasks.jsonl", "task_index", "task")
     texts = _in_order([line["task_index"] for line in tasks], [line["task"] for line in tasks], path / "meta/tasks.jsonl")
     statistics: list[dict[str, dict[str, Any]]] = [{} for _ in episodes]
     noted = path / "meta/episodes_stats.jsonl"  # v2.0 has none
-    for line in _read_lines(noted) if noted.exists() else ():
+    for line in _read_lines(noted, "episode_index", "stats") if noted.exists() else ():
         if line["episode_index"] < len(episodes):
             statistics[line["episode_index"]] = line["stats"]
     lengths = np.array([line["length"] for line in episodes], np.int64)

@@ -2,7 +2,7 @@
 
     <name>/
       meta/info.json, stats.json, tasks.parquet, episodes/chunk-000/file-000.parquet
-      meta/lightning_robot.json      what our stores know besides: features with units and kinds, provenance; checksums
+      meta/lightning_robot.json      what our stores know besides: features with units and kinds, ids of tasks; checksums
       data/chunk-000/file-000.parquet
       videos/<camera>/chunk-000/file-000.mp4
 
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lightning_robot.data.cache import writable_folder
-from lightning_robot.data.clips import DEPTH, DEPTH_ENCODING, ENCODINGS, depth_codes, join_clips, write_clip
+from lightning_robot.data.clips import DEPTH, DEPTH_ENCODING, ENCODINGS, depth_codes, join_clips, try_encoding, write_clip
 from lightning_robot.data.lerobot_checksums import changed_parts, column_checksum, noted_checksums
 from lightning_robot.data.lerobot_meta import NOTES
 from lightning_robot.data.store import StoreError, partial_folder
@@ -65,6 +65,7 @@ class LeRobotWriter:
         pictures: str = "av1",
         robot: str | None = None,
         provenance: Mapping[str, Any] | None = None,
+        tasks: Mapping[str, str] | None = None,
     ) -> None:
         """Begins a dataset, or continues it.
 
@@ -75,9 +76,11 @@ class LeRobotWriter:
             pictures: ``av1`` or ``h264`` for video, ``png`` for pictures inside the parquet files.
             robot: name of the robot, where LeRobot wants to know it.
             provenance: where the data come from, plain containers without times.
+            tasks: of sentences the id of the task, where they have one: LeRobot itself knows sentences alone.
 
         Raises:
-            StoreError: the dataset exists, an unfinished one with other settings does, or the rate is no whole number.
+            StoreError: the dataset exists, an unfinished one with other settings does, the rate is no whole number, or the
+                encoder does not take pictures of this size.
         """
         self.path = Path(path).expanduser().absolute()
         self.partial = partial_folder(self.path)
@@ -85,6 +88,7 @@ class LeRobotWriter:
             raise StoreError(f"{self.path} exists. Use it, delete it, or write to another place.")
         if pictures not in PICTURES:
             raise StoreError(f"pictures {pictures!r}: use {', '.join(PICTURES)}.")
+        check_encoding(features, pictures)
         chosen = rate or features.control_rate
         if chosen <= 0 or chosen != round(chosen):
             raise StoreError(
@@ -93,7 +97,8 @@ class LeRobotWriter:
             )
         self.rate, self.pictures = round(chosen), pictures
         self.features, self.robot = features, robot
-        self._notes = json.loads(json.dumps({"features": features.to_dict(), "provenance": dict(provenance or {})}))
+        notes = {"features": features.to_dict(), "provenance": dict(provenance or {}), "tasks": dict(tasks or {})}
+        self._notes = json.loads(json.dumps(notes))
         self._keys = (*features.observations, "action")
         self._begin()
         self._tasks: dict[str, int] = {}
@@ -536,6 +541,28 @@ def _vector(feature: Feature) -> dict[str, Any]:
     shape = list(feature.shape) or [1]
     names = list(feature.names) if len(shape) == 1 and len(feature.names) == shape[0] else None
     return {"dtype": "float32", "shape": shape, "names": names}
+
+
+def check_encoding(features: Features, pictures: str) -> None:
+    """Refuses, before any work, pictures that the encoder does not take.
+
+    Args:
+        features: of the frames that will be written.
+        pictures: see `LeRobotWriter`.
+
+    Raises:
+        StoreError: names the camera, its size and what to do.
+    """
+    if pictures == "png":
+        return
+    for key, feature in features.observations.items():
+        if not _is_picture(key):
+            continue
+        height, width = feature.shape[1:]
+        try:
+            try_encoding(height, width, DEPTH_ENCODING if _is_depth(key) else ENCODINGS[pictures])
+        except StoreError as error:
+            raise StoreError(f"{key}: {error}") from error
 
 
 def _is_picture(key: str) -> bool:

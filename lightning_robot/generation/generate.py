@@ -21,7 +21,7 @@ import numpy as np
 from lightning_robot.console import counted, progress, say
 from lightning_robot.data.store import StoreError, partial_folder
 from lightning_robot.data.workers import claimed, usable_cores
-from lightning_robot.data.write_lerobot import PICTURES
+from lightning_robot.data.write_lerobot import PICTURES, check_encoding
 from lightning_robot.generation.attempts import Recording, ScriptedExpert, task_texts
 from lightning_robot.generation.jobs import GenerationError, Jobs, attempt_here, attempt_in_processes, most_attempts
 from lightning_robot.generation.packing import pack, read_provenance
@@ -77,7 +77,8 @@ def generate(
         `store` as a path.
 
     Raises:
-        GenerationError: the environment cannot be made or has no expert; the policy does not fit it; the store exists with
+        GenerationError: the environment cannot be made or has no expert; the policy does not fit it; the video's encoder does
+            not take pictures of this size; the store exists with
             other settings; an unfinished one does; the attempts fail too often; one episode keeps killing its worker; the seeds
             reach those of evaluation; the disk is full; what was written is not read back.
         WorkError: another process is generating the same store.
@@ -133,6 +134,11 @@ def generate(
             )
         )
         _check(settings)
+        if format == "lerobot":
+            try:
+                check_encoding(source.features, pictures)
+            except StoreError as error:
+                raise GenerationError(str(error)) from error
         text_encoder(encoder).encode([""])  # a model that cannot be loaded is known before the work
         partial = partial_folder(store)
         if store.exists():

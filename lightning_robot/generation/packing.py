@@ -126,7 +126,12 @@ def _pack_lerobot(
     source: Any = env.unwrapped
     pictures = provenance["settings"]["output"].removeprefix("lerobot ")
     writer = LeRobotWriter(
-        path, source.features, pictures=pictures, robot=source.features.source.get("robot"), provenance=provenance
+        path,
+        source.features,
+        pictures=pictures,
+        robot=source.features.source.get("robot"),
+        provenance=provenance,
+        tasks={episode.text: episode.task for episode in episodes},
     )
     for episode in progress(episodes, description="encoding", unit="demonstrations"):
         arrays = stored_layout(read_arrays(attempt_file(folder, episode.seed)))

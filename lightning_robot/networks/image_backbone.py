@@ -52,7 +52,7 @@ def image_backbone(
     import timm  # a second, and only policies that see pictures need it
 
     if not 1 <= last_stage <= 4:
-        raise ValueError(f"last_stage={last_stage}: a ResNet has the stages 1 to 4.")
+        raise ValueError(f"last_stage={last_stage}: a ResNet has the stages 1 to 4 (of a policy: backbone_stages).")
     if in_channels < 3:
         raise ValueError(f"in_channels={in_channels}: pictures have 3 channels, with depth 4.")
     if pretrained and norm == "group":
@@ -61,11 +61,16 @@ def image_backbone(
     if norm not in norms:
         raise ValueError(f"Unknown norm {norm!r} of the image backbone; use {', '.join(norms)}.")
     if name.partition(".")[0] not in timm.list_models("*resnet*"):
-        raise ValueError(f"timm has no ResNet {name!r}; there are resnet18, resnet34, resnet50, resnet10t and others.")
+        raise ValueError(f"backbone: timm has no ResNet {name!r}; it has resnet18, resnet34, resnet50, resnet10t and others.")
     options: dict[str, Any] = {}
     if width != 1:
         if pretrained or not name.endswith("t"):
-            raise ValueError(f"width={width} is for ResNets whose names end in t, e.g. resnet10t, without ImageNet weights.")
+            raise ValueError(
+                f"width={width} (of a policy: backbone_width) is for ResNets whose names end in t, e.g. resnet10t, without "
+                f"ImageNet weights; {name} has width 1."
+            )
+        if int(32 * width) < 1:
+            raise ValueError(f"width={width} (of a policy: backbone_width) leaves the backbone no channel.")
         options = {"stem_width": int(32 * width), "channels": tuple(int(count * width) for count in (64, 128, 256, 512))}
     backbone: Any = timm.create_model(
         name.partition(".")[0],

@@ -17,8 +17,8 @@ from lightning_robot.networks.act_network import Activation, ACTNetwork, CameraT
 from lightning_robot.networks.image_backbone import Norm, image_backbone, load_imagenet_weights
 from lightning_robot.networks.noise import seeded_normal
 from lightning_robot.networks.observation_encoder import IMAGE_STATISTICS
-from lightning_robot.policies.action_diffusion import warmup_cosine
-from lightning_robot.policies.base import ImitationPolicy, Window
+from lightning_robot.policies.action_diffusion import warmup_cosine, warmup_of_run
+from lightning_robot.policies.base import ImitationPolicy, Window, check_at_least_one, check_dropout, check_optimizer
 
 STATE, ENVIRONMENT = "observation.state", "observation.environment_state"
 IMAGES, DEPTH = "observation.images.", "observation.depth."
@@ -79,7 +79,7 @@ class ACT(ImitationPolicy):
         betas: of AdamW.
         epsilon: of AdamW.
         weight_decay: of AdamW, on all parameters.
-        warmup_steps: optimizer steps of linear warm-up.
+        warmup_steps: optimizer steps of linear warm-up. Shortened, with a word, where it would take more than half of the run.
         decay: ``none`` keeps the learning rate, as published; ``cosine`` lets it fall to zero over the run.
         transforms: between the data and the networks, in order (`lightning_robot.transforms.named`).
         postprocess: of executed actions, in order (`lightning_robot.transforms.postprocess`).
@@ -134,6 +134,18 @@ class ACT(ImitationPolicy):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        check_at_least_one(
+            action_horizon=action_horizon,
+            heads=heads,
+            hidden_size=hidden_size,
+            feedforward_size=feedforward_size,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            latent_size=latent_size,
+            posterior_layers=posterior_layers if use_vae else 1,
+        )
+        check_dropout(dropout=dropout)
+        check_optimizer(self.hparams)
         execution_horizon = action_horizon if execution_horizon is None else execution_horizon
         if not 1 <= execution_horizon <= action_horizon:
             raise ValueError(f"execution_horizon={execution_horizon} must lie between 1 and action_horizon={action_horizon}.")
@@ -144,6 +156,12 @@ class ACT(ImitationPolicy):
         ):
             if value not in choices:
                 raise ValueError(f"Unknown {name} {value!r}; use {', '.join(choices)}.")
+        if hidden_size % heads:
+            raise ValueError(f"hidden_size={hidden_size} must be a multiple of heads={heads}.")
+        if kl_weight < 0:
+            raise ValueError(f"kl_weight={kl_weight} must not be negative.")
+        if cameras is not None and len(set(cameras)) < len(cameras):
+            raise ValueError(f"cameras={cameras}: each is named once.")
         if pretrained and backbone_norm == "group":
             raise ValueError("ImageNet weights belong to batch norm: set pretrained: false with backbone_norm: group.")
         if ensembling is not None and (
@@ -340,7 +358,7 @@ class ACT(ImitationPolicy):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         options, steps = self.hparams, self.trainer.estimated_stepping_batches
-        warmup, falls = options["warmup_steps"], options["decay"] == "cosine"
+        warmup, falls = warmup_of_run(options["warmup_steps"], steps), options["decay"] == "cosine"
         if falls and math.isinf(steps):
             raise ValueError("decay: cosine falls to zero over the run: set trainer.max_epochs or trainer.max_steps.")
         rates = [options["learning_rate"], options["backbone_learning_rate"]]

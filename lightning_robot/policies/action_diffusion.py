@@ -16,7 +16,7 @@ from lightning_robot.features import Features, IncompatibleFeatures
 from lightning_robot.networks.diffusion import Prediction, add_noise, ddim_step, ddpm_step, denoising_plan
 from lightning_robot.networks.noise import seeded_integers, seeded_normal
 from lightning_robot.networks.observation_encoder import encode_steps
-from lightning_robot.policies.base import ImitationPolicy
+from lightning_robot.policies.base import ImitationPolicy, check_at_least_one
 from lightning_robot.transforms.statistics import Statistics
 
 CLOUD, STATE = "observation.point_cloud", "observation.state"
@@ -255,33 +255,36 @@ class ActionDiffusion(ImitationPolicy):
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ValueError("The learning rate falls to zero over the run: set trainer.max_epochs or trainer.max_steps.")
-        warmup = self.hparams["warmup_steps"]
-        if warmup > total / 2:
-            say(f"Warm-up shortened from {warmup} to {int(total) // 10} steps, a tenth of the run's {int(total)}.")
-            warmup = int(total) // 10
+        warmup = warmup_of_run(self.hparams["warmup_steps"], total)
         optimizer = self.optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def check_at_least_one(**counts: int) -> None:
-    """Raises ValueError for a count below 1, by its name."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1.")
-
-
-def check_unet(down_dims: Sequence[int], kernel_size: int, action_horizon: int) -> None:
-    """Raises ValueError where the U-Net would not give back a chunk of the same length."""
+def check_unet(down_dims: Sequence[int], kernel_size: int, action_horizon: int, groups: int, time_embedding: int) -> None:
+    """Raises ValueError where there is no such U-Net, or it would not give back a chunk of the same length."""
+    check_at_least_one(groups=groups)
+    if time_embedding < 4 or time_embedding % 2:
+        raise ValueError(f"time_embedding={time_embedding} must be even and at least 4: sines and cosines of two wavelengths.")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size} must be odd: an even one would change the chunk's length.")
     if not down_dims:
         raise ValueError("down_dims=[] names no level of the U-Net; null takes the published ones.")
+    if min(down_dims) < 1 or down_dims[0] % 8 or any(width % groups for width in down_dims):
+        raise ValueError(f"down_dims={list(down_dims)} must be multiples of groups={groups} and the first one of 8.")
     if action_horizon % 2 ** (len(down_dims) - 1):
         raise ValueError(
             f"action_horizon={action_horizon} must be a multiple of {2 ** (len(down_dims) - 1)}: each of the U-Net's "
             f"{len(down_dims)} levels but the last halves it."
         )
+
+
+def warmup_of_run(warmup: int, total: float) -> int:
+    """Steps of warm-up in a run of `total` steps: a tenth of the run, and a word, where `warmup` would take more than half."""
+    if warmup <= total / 2:
+        return warmup
+    say(f"Warm-up shortened from {warmup} to {int(total) // 10} steps, a tenth of the run's {int(total)}.")
+    return int(total) // 10
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

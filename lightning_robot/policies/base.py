@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -372,6 +372,36 @@ class ImitationPolicy(Policy, LightningModule):
             raise ValueError(f"The checkpoint is of {checkpoint['class_path']}, the model here is {own}.")
         check_statistics(checkpoint, "The checkpoint")
         self.demonstrations = checkpoint.get("demonstrations")
+
+
+def check_at_least_one(**counts: int) -> None:
+    """Raises ValueError for a count below 1, by its name."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1.")
+
+
+def check_dropout(**shares: float) -> None:
+    """Raises ValueError for a share that is not below 1, by its name."""
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name}={share} must be at least 0 and below 1.")
+
+
+def check_optimizer(options: Mapping[str, Any]) -> None:
+    """Raises ValueError, by its name, for a setting that Adam and its schedule cannot work with.
+
+    Args:
+        options: the policy's ``learning_rate``, ``betas``, ``epsilon``, ``weight_decay``, ``warmup_steps`` and, where it has
+            them, ``backbone_learning_rate`` and ``transformer_weight_decay``.
+    """
+    for name in ("learning_rate", "backbone_learning_rate", "weight_decay", "transformer_weight_decay", "warmup_steps"):
+        if (options.get(name) or 0) < 0:
+            raise ValueError(f"{name}={options[name]} must not be negative.")
+    if not options["epsilon"] > 0:
+        raise ValueError(f"epsilon={options['epsilon']} must be positive.")
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"betas={tuple(options['betas'])} must each be at least 0 and below 1.")
 
 
 def check_statistics(checkpoint: dict[str, Any], name: str | Path) -> None:

@@ -16,7 +16,8 @@ from lightning_robot.networks.noise import seeded_integers
 from lightning_robot.networks.observation_encoder import IMAGE_STATISTICS, ImageEncoder
 from lightning_robot.networks.point_encoder import PointNet
 from lightning_robot.networks.unet import ConditionalUnet
-from lightning_robot.policies.action_diffusion import CLOUD, STATE, ActionDiffusion, check_at_least_one, check_unet
+from lightning_robot.policies.action_diffusion import CLOUD, STATE, ActionDiffusion, check_unet
+from lightning_robot.policies.base import check_at_least_one, check_dropout, check_optimizer
 
 ENVIRONMENT_STATE = "observation.environment_state"
 
@@ -56,7 +57,7 @@ class DiffusionPolicy(ActionDiffusion):
         down_dims: U-Net: channels of its levels.
         kernel_size: U-Net: of its convolutions, odd.
         groups: U-Net: of its group norms; the last block's has 8.
-        time_embedding: U-Net: size of the embedding of the diffusion step.
+        time_embedding: U-Net: size of the embedding of the diffusion step, even.
         film_scale: U-Net: scale and shift the features, or shift them alone.
         layers: transformer: of the decoder.
         heads: transformer: of the attention.
@@ -156,7 +157,7 @@ class DiffusionPolicy(ActionDiffusion):
         super().__init__()
         self.save_hyperparameters(logger=False)
         unet = network == "unet"
-        action_horizon = action_horizon or (16 if unet else 10)
+        action_horizon = (16 if unet else 10) if action_horizon is None else action_horizon
         down_dims = [512, 1024, 2048] if down_dims is None else down_dims
         denoising_steps = diffusion_steps if denoising_steps is None else denoising_steps
         self.hparams.update(
@@ -176,17 +177,38 @@ class DiffusionPolicy(ActionDiffusion):
         for name, (chosen, values) in allowed.items():
             if chosen not in values:
                 raise ValueError(f"{name}={chosen!r}; use {' or '.join(values)}.")
-        check_at_least_one(diffusion_steps=diffusion_steps, denoising_steps=denoising_steps)
+        check_at_least_one(
+            diffusion_steps=diffusion_steps,
+            denoising_steps=denoising_steps,
+            keypoints=1 if keypoints is None else keypoints,
+            encoder_size=encoder_size,
+            task_size=task_size,
+        )
+        check_optimizer(self.hparams)
+        if beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+            raise ValueError(f"beta_schedule={beta_schedule!r}; use linear, scaled_linear or squaredcos_cap_v2.")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: shares of noise above 0 and below 1, rising.")
+        if resize is not None and min(resize) < 1:
+            raise ValueError(f"resize={tuple(resize)}: height and width are at least 1 pixel.")
+        wrong = crop is not None and (not 0 < crop <= 1 if isinstance(crop, (int, float)) else min(crop) < 1)
+        if wrong:
+            raise ValueError(f"crop={crop}: a share of the picture above 0 and at most 1, or height and width, or null.")
         if denoising_steps > diffusion_steps:
             raise ValueError(f"denoising_steps={denoising_steps} must not exceed diffusion_steps={diffusion_steps}.")
-        if learning_rate < 0:
-            raise ValueError(f"learning_rate={learning_rate} must not be negative.")
         if pretrained and backbone_norm == "group":
             raise ValueError("pretrained: true needs the batch norm that the weights belong to: set backbone_norm: batch.")
         if clip_range is not None and clip_range <= 0:
             raise ValueError(f"clip_range={clip_range} must be positive, or null.")
         if unet:
-            check_unet(down_dims, kernel_size, action_horizon)
+            check_unet(down_dims, kernel_size, action_horizon, groups, time_embedding)
+        else:
+            check_at_least_one(layers=layers, heads=heads)
+            if condition_layers < 0:
+                raise ValueError(f"condition_layers={condition_layers} must not be negative.")
+            check_dropout(attention_dropout=attention_dropout, embedding_dropout=embedding_dropout)
+            if width < 4 or width % 2 or width % heads:
+                raise ValueError(f"width={width} must be even, at least 4 and a multiple of heads={heads}.")
         self.set_horizons(observation_steps, action_horizon, execution_horizon)
         self.prediction, self.sampler, self.clip, self.mask_padding = prediction, sampler, clip_range, mask_padding
         self.uses_task = task_conditioning
@@ -362,7 +384,5 @@ def _crop_size(crop: float | Sequence[int] | None, size: Sequence[int]) -> tuple
     if crop is None:
         return None
     if isinstance(crop, (int, float)):
-        if not 0 < crop <= 1:
-            raise ValueError(f"crop={crop}: a share of the picture above 0 and at most 1, or height and width.")
-        return int(size[0] * crop), int(size[1] * crop)
+        return max(1, int(size[0] * crop)), max(1, int(size[1] * crop))
     return int(crop[0]), int(crop[1])

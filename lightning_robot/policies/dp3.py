@@ -10,7 +10,8 @@ from lightning_robot.networks.diffusion import SamplerFormula, check_formula
 from lightning_robot.networks.observation_encoder import StateEncoder
 from lightning_robot.networks.point_encoder import PointNet
 from lightning_robot.networks.unet import ConditionalUnet
-from lightning_robot.policies.action_diffusion import CLOUD, STATE, ActionDiffusion, check_at_least_one, check_unet
+from lightning_robot.policies.action_diffusion import CLOUD, STATE, ActionDiffusion, check_unet
+from lightning_robot.policies.base import check_at_least_one, check_optimizer
 
 
 class DP3(ActionDiffusion):
@@ -30,7 +31,7 @@ class DP3(ActionDiffusion):
         down_dims: channels of the U-Net's levels, at least one; None takes the published ones of the class.
         kernel_size: of the U-Net's convolutions, odd.
         groups: of the U-Net's group norms.
-        time_embedding: size of the embedding of the diffusion step.
+        time_embedding: size of the embedding of the diffusion step, even.
         diffusion_steps: steps of the noising process.
         denoising_steps: network calls per chunk; divides `diffusion_steps`.
         sampler_formula: ``current`` DDIM, or ``historical``: what diffusers before 0.15 computed, with which checkpoints of
@@ -93,10 +94,12 @@ class DP3(ActionDiffusion):
             action_horizon=action_horizon,
             diffusion_steps=diffusion_steps,
             denoising_steps=denoising_steps,
+            encoder_size=encoder_size,
+            task_size=task_size,
         )
-        if learning_rate < 0:
-            raise ValueError(f"learning_rate={learning_rate} must not be negative.")
-        check_unet(self.published_dims if down_dims is None else down_dims, kernel_size, action_horizon)
+        check_optimizer(self.hparams)
+        dims = self.published_dims if down_dims is None else down_dims
+        check_unet(dims, kernel_size, action_horizon, groups, time_embedding)
         if diffusion_steps % denoising_steps:
             raise ValueError(f"denoising_steps={denoising_steps} must divide diffusion_steps={diffusion_steps}.")
         check_formula(sampler_formula)

@@ -95,8 +95,14 @@ def load_lerobot_policy(folder: str | Path) -> ACT | DiffusionPolicy:
     arguments |= translation.arguments(config, list(keys.values()), modes)
     if normalization.in_weights and translation.kind == "act":
         arguments["reduction"] = "all"  # as the releases did that stored them so
-    policy: Any = translation.policy_class(**arguments, transforms=transforms or None, features=features.to_dict())
-    policy.configure_model()
+    try:
+        policy: Any = translation.policy_class(**arguments, transforms=transforms or None, features=features.to_dict())
+        policy.configure_model()
+    except (ValueError, TypeError) as error:
+        names = [f"{ours} is {theirs} there" for theirs, ours in translation.fields.items() if ours in str(error)]
+        raise LeRobotCheckpointError(
+            f"{folder / 'config.json'}: {error}" + (f" ({', '.join(names)})" if names else "")
+        ) from error
     _load_tensors(policy, tensors, translation, folder)
     for key, ours in {**keys, "action": "action"}.items():
         scaling = normalization.scalings.get(key)

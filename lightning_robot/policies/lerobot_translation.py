@@ -108,6 +108,8 @@ class ACTTranslation(Translation):
                 f"feedforward_activation={config['feedforward_activation']!r} halves what LeRobot's next layer expects whole: "
                 "no such policy can run."
             )
+        if config["n_obs_steps"] != 1:
+            raise LeRobotCheckpointError(f"n_obs_steps={config['n_obs_steps']}: ACT reads one observation, in LeRobot too.")
         coefficient = config["temporal_ensemble_coeff"]
         direction = "oldest" if coefficient is None or coefficient >= 0 else "newest"
         return {

@@ -42,6 +42,8 @@ def test_every_frame_and_sentence_arrives(tmp_path, capsys):
         np.testing.assert_array_equal(dataset.gather(key, np.arange(12)), source.read(key, slice(None)))
     texts = [dataset.language["texts"][row] for row in dataset.frame_texts]
     assert texts == ["open it"] * 5 + [""] + ["close it"] * 6
+    ids = dict(zip(dataset.language["texts"], dataset.language["tasks"]))
+    assert ids == {"open it": "open", "": "", "close it": "close"}  # by which an environment plays them
     assert main(["lerobot", str(source.path), str(tmp_path / "png")]) == 1
     assert "exists" in capsys.readouterr().err
 

@@ -1,5 +1,7 @@
 """The data module of LeRobot datasets: LeRobot's own items, statistics, tasks, workers, download, and a run of `fit`."""
 
+import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -266,6 +268,11 @@ def test_a_tolerance_is_no_negative_time():
         LeRobotDataModule(tolerance=-1)
 
 
+def test_a_window_does_not_begin_late():
+    with pytest.raises(ValueError, match="pad_before: -1; it is a number of steps, 0 or more"):
+        LeRobotDataModule(pad_before=-1)
+
+
 # Download.
 
 
@@ -304,6 +311,68 @@ def test_download_says_its_commit_and_happens_once(tmp_path, monkeypatch, capsys
     elsewhere = LeRobotDataModule(str(tmp_path / "here"), "someone/blocks")
     elsewhere.prepare_data()
     assert (tmp_path / "here" / lerobot.COMMIT).read_text() == "0123abc\n"
+
+
+# What a dataset says of itself.
+
+
+def test_a_file_of_statistics_that_does_not_describe_the_data_is_named(shared, tmp_path, capsys):
+    shutil.copytree(shared / "data/lerobot_v3_sample", tmp_path / "a", copy_function=shutil.copyfile)
+    file = tmp_path / "a/meta/stats.json"
+    ready(tmp_path / "a")
+    assert "stats.json" not in capsys.readouterr().out  # LeRobot's own are right
+    noted = json.loads(file.read_text())
+    noted["action"]["mean"][2] += 5
+    noted[CAMERAS[0]]["std"] = [[[0.9]]] * 3
+    del noted["observation.state"]
+    file.chmod(0o644)
+    file.write_text(json.dumps(noted))
+    data = ready(tmp_path / "a", validation_episodes=[1])
+    expected = "(observation.state is missing; observation.images.front: std; action: mean): nothing is taken from it"
+    assert expected in capsys.readouterr().out
+    right = ready(shared / "data/lerobot_v3_sample", validation_episodes=[1])
+    for key in (*KEYS, "action"):
+        np.testing.assert_array_equal(data.statistics((key,))[key].mean, right.statistics((key,))[key].mean)
+    for content, said in (
+        ("{", "the file is damaged"),
+        ('{"action": 3}', "the file is damaged"),
+        (None, "the file is missing"),
+    ):
+        file.unlink() if content is None else file.write_text(content)
+        ready(tmp_path / "a")
+        assert f"stats.json does not describe the data ({said}" in capsys.readouterr().out
+
+
+def test_a_value_that_is_no_number_is_named_in_validation_too(tmp_path):
+    state = np.zeros((60, 6), np.float32)
+    state[25, 3] = np.nan
+    path = write_folder(tmp_path / "a", change={"observation.state": state})
+    with pytest.raises(
+        StoreError, match=r"observation.state of episode 1, frame 5 holds a value that is no number.*train_epis"
+    ):
+        ready(path, validation_episodes=[1])
+    assert len(ready(path, train_episodes=[0], validation_episodes=[2]).train_windows) == 20
+
+
+def test_units_of_joints_are_said_read_off_or_set(tmp_path, shared, capsys):
+    """Within -100 to 100 degrees and normalised values look alike."""
+    sample = shared / "data/lerobot_v3_sample"
+    assert ready(sample).features.action.unit == ""
+    assert "do not tell whether joints are in degrees or normalised" in capsys.readouterr().out
+    for units, unit in (("degrees", "degrees, %"), ("normalized", "%")):
+        features = ready(sample, joint_units=units).features
+        assert features.action.unit == features.observations["observation.state"].unit == unit
+        assert "do not tell" not in capsys.readouterr().out
+    wide = write_folder(tmp_path / "wide", action_names=["main_shoulder_pan", *"abcd", "main_gripper"], action_scale=4.0)
+    assert ready(wide).features.action.unit == "degrees, %"
+    assert "a joint reaches 1" in (out := capsys.readouterr().out)
+    assert "so its joints are in degrees" in out
+    with pytest.raises(StoreError, match=r"joint_units: normalized, but a joint reaches 1.*: set degrees"):
+        ready(wide, joint_units="normalized")
+    with pytest.raises(StoreError, match=r"joint_units: degrees, but .* no joints of an SO-100 or SO-101"):
+        ready(write_folder(tmp_path / "other"), joint_units="degrees")
+    with pytest.raises(ValueError, match="joint_units: 'radians'; it is degrees, normalized or null"):
+        LeRobotDataModule(joint_units="radians")
 
 
 # A run.

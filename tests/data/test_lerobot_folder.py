@@ -152,6 +152,9 @@ def test_info_that_says_too_little_or_something_else(tmp_path):
     for version in ("v1.6", "v4.0", "3"):
         change_json(info, total_episodes=3, codebase_version=version)
         refused(path, rf"codebase_version '{version}'; v3\.0, v2\.1 and v2\.0 are read")
+    for wrong in ("thirty", -30, True):
+        change_json(info, codebase_version="v3.0", fps=wrong)
+        refused(path, rf"info\.json: fps is {wrong!r}, where a positive number belongs")
     info.write_text("{")
     refused(path, r"info\.json is damaged")
     info.write_text("[]")
@@ -189,6 +192,8 @@ def test_times_that_are_no_frame_numbers(tmp_path):
     path = write_folder(tmp_path / "a", change={"timestamp": times})
     refused(path, r"timestamp of episode 1, frame 5 is 0\.170667 s, 0\.004000 s away from frame / fps = 0\.166667 s \(1 such")
     assert LeRobotFolder.open(path, tolerance=0.005).num_frames == 60
+    times[25] = np.nan
+    refused(write_folder(tmp_path / "nan", change={"timestamp": times}), r"timestamp of episode 1, frame 5 is nan s")
     path = write_folder(tmp_path / "b", storage="video")
     column = f"videos__{CAMERAS[0]}__from_timestamp"
     change_episodes(path, **{column: [0.0, 20 / 30 + 0.011, 37 / 30]})
@@ -267,6 +272,30 @@ def test_features_that_cannot_be_read(tmp_path):
     change_json(info, features=good | {CAMERAS[0]: good[CAMERAS[0]] | {"shape": [32, 64, 3]}})
     with pytest.raises(StoreError, match=r"front: the picture of frame 9 has the shape \(64, 64, 3\), .* \(32, 64, 3\)"):
         LeRobotFolder.open(path).gather(CAMERAS[0], np.array([9]))
+    for wrong in ({"shape": [6]}, {"dtype": "float32"}, {"dtype": "float32", "shape": "six"}, "six"):
+        change_json(info, features=good | {"action": wrong})
+        refused(path, r"info\.json: feature action is .*it needs a dtype and a shape")
+    change_json(info, features=good | {CAMERAS[0]: good[CAMERAS[0]] | {"shape": [64, 64]}})
+    refused(path, r"info\.json: feature observation\.images\.front is .*three for pictures")
+    change_json(info, features=["action"])
+    refused(path, r"features is no table of names")
     change_json(info, features=good)
     with pytest.raises(StoreError, match=r"holds no observation\.force; it holds observation\.state, action"):
         LeRobotFolder.open(path).whole("observation.force")
+
+
+def test_damaged_lists_of_episodes_and_tasks_are_named(tmp_path):
+    path = write_folder(tmp_path / "tasks")
+    (path / "meta/tasks.parquet").write_bytes(b"hello")
+    refused(path, r"meta/tasks\.parquet cannot be read")
+    path = write_folder(tmp_path / "old", version="v2.1")
+    for name, entry, lacking in (
+        ("episodes.jsonl", {"episode_index": 0}, "length"),
+        ("tasks.jsonl", {"task_index": 0}, "task"),
+        ("episodes_stats.jsonl", {"episode_index": 0}, "stats"),
+    ):
+        file = path / "meta" / name
+        whole = file.read_bytes() if file.exists() else None
+        file.write_text(json.dumps(entry))
+        refused(path, rf"meta/{name}: entry 1 has no {lacking}")
+        file.unlink() if whole is None else file.write_bytes(whole)

@@ -155,6 +155,6 @@ def test_rewriting_the_parquet_files_changes_nothing(dataset, tmp_path):
 
 def test_the_notes_hold_no_times_and_no_paths(dataset):
     notes = json.loads((dataset[1] / "meta/lightning_robot.json").read_text())
-    assert set(notes) == {"features", "provenance", "checksums"}
+    assert set(notes) == {"features", "provenance", "tasks", "checksums"}
     assert set(notes["checksums"]) == {"columns", "files"}
     assert str(dataset[1].parent) not in json.dumps(notes)

@@ -182,6 +182,11 @@ def test_wrong_input_is_refused(tmp_path):
         writer.append({"action": np.zeros((3, 1), np.float32)}, "push")
     with pytest.raises(StoreError, match="nothing to write"):
         writer.finish()
+    odd = Features({**FEATURES.observations, "observation.images.top": Feature((3, 63, 64), "uint8")}, Feature((1,)))
+    with pytest.raises(StoreError, match=r"observation.images.top: Video holds.*63 x 64.*--pictures png"):
+        LeRobotWriter(tmp_path / "b", odd, rate=10)
+    assert not list(tmp_path.glob("b*"))
+    LeRobotWriter(tmp_path / "b", odd, rate=10, pictures="png")
     with pytest.raises(StoreError, match=r"even height and width.*63 x 64.*--pictures png"):
         write_clip(tmp_path / "a.mp4", np.zeros((2, 63, 64, 3), np.uint8), 30, ENCODINGS["h264"])
 

@@ -156,6 +156,7 @@ def test_a_lerobot_dataset_is_written_and_verified(tmp_path, capsys):
         np.testing.assert_array_equal(folder.gather(key, np.arange(store.num_frames)), store.read(key, slice(None)))
     texts = [store.language["texts"][row] for row in store.segments[:, 2]]
     assert [folder.language["texts"][folder.frame_texts[start]] for start in folder.episode_starts] == texts
+    assert set(folder.language["tasks"]) == {"left", "right"}
     generate(path, **settings)
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(GenerationError, match="output 'lerobot png' there, 'lerobot av1' asked for"):
@@ -307,6 +308,14 @@ def test_settings_that_cannot_work(tmp_path):
         generate(tmp_path / "reach.zarr", **SETTINGS, tasks=("left", "left"))
     with pytest.raises(GenerationError, match=r"'up' cannot be demonstrated: KeyError.*the environment chooses left, right"):
         generate(tmp_path / "reach.zarr", **SETTINGS, tasks=("left", "up"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_no_video_holds_are_refused_before_the_work(tmp_path):
+    arm = {"env": "lightning_robot/SO101PickPlace-v0", "env_kwargs": {"camera_sizes": 65}, "format": "lerobot", "processes": 1}
+    for pictures in ("av1", "h264"):
+        with pytest.raises(GenerationError, match=r"observation.images.overhead: .*65 x 65.*--pictures png.*--camera-size"):
+            generate(tmp_path / "arm", **arm, pictures=pictures)
     assert not list(tmp_path.iterdir())
 
 

@@ -146,6 +146,19 @@ def test_arguments_are_checked():
         ({"ensembling": {"coefficient": 0.01, "direction": "new"}}, "direction oldest or newest"),
         ({"ensembling": {"weight": 0.01}}, "give a coefficient"),
         ({"ensembling": {"coefficient": "small"}}, "give a coefficient"),
+        ({"action_horizon": 0, "execution_horizon": None}, "action_horizon=0 must be at least 1"),
+        ({"decoder_layers": 0}, "decoder_layers=0 must be at least 1"),
+        ({"posterior_layers": -1}, "posterior_layers=-1 must be at least 1"),
+        ({"hidden_size": 33, "heads": 4}, "hidden_size=33 must be a multiple of heads=4"),
+        ({"heads": 0}, "heads=0 must be at least 1"),
+        ({"latent_size": -1}, "latent_size=-1 must be at least 1"),
+        ({"dropout": 1.5}, "dropout=1.5 must be at least 0 and below 1"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+        ({"backbone_learning_rate": -1.0}, "backbone_learning_rate=-1.0 must not be negative"),
+        ({"betas": (0.9, 1.5)}, r"betas=\(0.9, 1.5\) must each be"),
+        ({"epsilon": 0.0}, "epsilon=0.0 must be positive"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
+        ({"cameras": ["top", "top"]}, "each is named once"),
     ):
         with pytest.raises(ValueError, match=message):
             ACT(**SMALL | arguments)

@@ -48,6 +48,8 @@ def write_folder(
     action_size: int = 6,
     cameras: tuple[str, ...] = CAMERAS,
     change: dict[str, Any] | None = None,
+    action_names: list[str] | None = None,
+    action_scale: float = 1.0,
 ) -> Path:
     """Writes a dataset of one data file and one video file per camera (v3.0), or one of each per episode (v2.1).
 
@@ -60,6 +62,8 @@ def write_folder(
         action_size: elements of the action.
         cameras: names of the features.
         change: columns of the frame table (name to array) that are written otherwise than right.
+        action_names: of the action's elements.
+        action_scale: factor of the actions.
     """
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -67,7 +71,7 @@ def write_folder(
     names = [f"joint_{number}.pos" for number in range(6)]
     features: dict[str, Any] = {
         "observation.state": {"dtype": "float32", "shape": [6], "names": names},
-        "action": {"dtype": "float32", "shape": [action_size], "names": None},
+        "action": {"dtype": "float32", "shape": [action_size], "names": action_names},
     }
     for camera in cameras:
         features[camera] = {"dtype": storage, "shape": [SIZE, SIZE, 3], "names": ["height", "width", "channels"]}
@@ -79,7 +83,8 @@ def write_folder(
     frame = np.arange(ends[-1]) - starts[episode]
     columns: dict[str, Any] = {
         "observation.state": np.concatenate([state_of(e, np.arange(n)) for e, n in enumerate(lengths)]),
-        "action": np.concatenate([state_of(e, 1 + np.arange(n)) for e, n in enumerate(lengths)])[:, :action_size],
+        "action": np.concatenate([state_of(e, 1 + np.arange(n)) for e, n in enumerate(lengths)])[:, :action_size]
+        * action_scale,
         "timestamp": (frame / fps).astype(np.float32),
         "frame_index": frame,
         "episode_index": episode,
