@@ -424,10 +424,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         beside = sorted(item.name for item in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"No checkpoint at {path}." + (f" There is: {', '.join(beside)}." if beside else ""))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")  # torch goes on for lines
         raise ValueError(f"{path} is no checkpoint that can be read safely ({first}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -173,6 +173,7 @@ class Trial:
             path: a checkpoint, or a folder with one of LeRobot.
             saved: settings where neither command line nor checkpoint name an environment.
         """
+        from lightning_robot.evaluation.demonstrated import weights_notes
         from lightning_robot.evaluation.fingerprints import environment_fingerprints
         from lightning_robot.evaluation.rollout import choose_tasks, environment_maker, inspect_environment
         from lightning_robot.policies.base import load_policy
@@ -183,12 +184,8 @@ class Trial:
         if settings["ensembling"] is True:
             settings["ensembling"] = getattr(policy, "ensembling", None) or True
         make_env = environment_maker(settings["env"], settings["env_kwargs"])
-        ask = settings["inference_batch"]
-        description, notes = inspect_environment(policy, make_env, settings["tasks"] or (), ask)
-        if arguments.weights == "raw" and "ema_state_dict" in checkpoint:
-            notes.append(
-                "weights: the raw ones are judged; the checkpoint also holds averaged ones, by which training judged it."
-            )
+        description, notes = inspect_environment(policy, make_env, settings["tasks"] or ())
+        notes += weights_notes(policy)
         return cls(
             path=path,
             policy=policy,

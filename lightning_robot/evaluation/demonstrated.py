@@ -52,23 +52,52 @@ def acting_notes(policy: Any, max_steps: int, execution_horizon: int) -> list[st
         max_steps: step limit of an episode.
         execution_horizon: actions executed of each chunk; 1 where predictions are ensembled.
     """
-    notes = []
-    lengths = recorded(policy, "lengths")
-    if lengths is not None and len(lengths):
-        lengths = lengths.numpy()
-        longer = int((lengths > max_steps).sum())
-        if longer > LONGER * len(lengths):
-            notes.append(
-                f"step limit: {max_steps} steps, but {longer} of {counted(len(lengths), 'demonstration')} took longer (median "
-                f"{int(np.median(lengths))}, longest {int(lengths.max())}): what they show may not be finished in time."
-            )
-    trained = getattr(policy, "execution_horizon", execution_horizon)
+    notes = weights_notes(policy)
+    if longer := _longer(policy, max_steps):
+        notes.append(f"step limit: {max_steps} steps, but {longer}")
+    trained = recorded(policy, "execution_horizon") or getattr(policy, "execution_horizon", execution_horizon)
     if execution_horizon > trained:
         notes.append(
             f"execution horizon: {execution_horizon} actions of each chunk are executed, {trained} in training: the later ones "
             "were predicted from observations older than it ever had to rely on."
         )
     return notes
+
+
+def weights_notes(policy: Any) -> list[str]:
+    """A sentence if raw weights were loaded where there are, or were, averaged ones."""
+    said = {
+        "left": "the checkpoint also holds averaged ones, by which training judged it.",
+        "missing": "training judged averaged ones, which the checkpoint no longer holds.",
+    }
+    averaged = getattr(policy, "averaged_weights", None)
+    return [f"weights: the raw ones are judged; {said[averaged]}"] if averaged in said else []
+
+
+def cut_note(policy: Any, steps: int, max_steps: int) -> str | None:
+    """A sentence if the environment itself ended episodes before the step limit, and demonstrations took longer than that.
+
+    Args:
+        policy: which.
+        steps: the most that it allowed where it did.
+        max_steps: the step limit.
+    """
+    longer = _longer(policy, steps) if steps < max_steps else None
+    return longer and f"step limit: the environment ended episodes after {steps} of {max_steps} steps, but {longer}"
+
+
+def _longer(policy: Any, steps: int) -> str | None:
+    lengths = recorded(policy, "lengths")
+    if lengths is None or not len(lengths):
+        return None
+    lengths = lengths.numpy()
+    longer = int((lengths > steps).sum())
+    if longer <= LONGER * len(lengths):
+        return None
+    return (
+        f"{longer} of {counted(len(lengths), 'demonstration')} took longer (median {int(np.median(lengths))}, longest "
+        f"{int(lengths.max())}): what they show may not be finished in time."
+    )
 
 
 def unchecked_facts(policy: Any) -> list[str]:

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_robot.console import counted
 from lightning_robot.evaluation.demonstrated import recorded
 
 NETWORK_RANGE = 1.5  # a normaliser maps what was demonstrated to about -1 to 1
+SMALL = 5.0  # deviations, of a normaliser by mean and deviation: no value of the network's is far above
+APART = 0.25  # of the demonstrated range: a policy that misses all of it by as much is not merely a bad one
 WIDE = 20.0  # elements whose demonstrated range is wider can hardly stay within the network's by themselves
 
 
@@ -48,17 +51,29 @@ def check_predictions(policy: Any, predicted: np.ndarray) -> str | None:
 
     Raises:
         NormalizedActions: they are normalised: where demonstrations move over a wide range, all predictions lie within -1.5 to
-            1.5, though not even the demonstrations' middle does.
+            1.5, though not even the demonstrations' middle does; or in two elements no prediction comes near any demonstration,
+            and all are small.
     """
     demonstrated = demonstrated_range(policy)
     if demonstrated is None or not np.isfinite(predicted).all():
         return None
     low, high = demonstrated
+    apart = np.maximum(low - predicted[1], predicted[0] - high)
+    far = (apart > np.maximum(APART * (high - low), 1e-3)) & (np.abs(predicted).max(axis=0) < SMALL)
+    if far.sum() >= 2:
+        element = int(np.argmax(apart * far))
+        raise NormalizedActions(
+            f"Every action that {type(policy).__name__} predicts lies between {predicted[0, element]:.3g} and "
+            f"{predicted[1, element]:.3g} in {_name(policy, element)}, where demonstrations lie between {low[element]:.4g} and "
+            f"{high[element]:.4g}, and likewise in {counted(int(far.sum()) - 1, 'other element')}: the actions were left "
+            "normalised, or un-normalised by other statistics. `_predict` must return "
+            "self.normalizer.unnormalize('action', chunk), with the statistics of the policy's own data."
+        )
     wide = high - low > WIDE
     if wide.sum() < 2 or (np.abs(predicted[:, wide]) > NETWORK_RANGE).any():
         return None
     element = int(np.argmax(np.abs(low + high) * wide))
-    name = policy.features.action.names[element] if policy.features.action.names else f"element {element}"
+    name = _name(policy, element)
     sentence = (
         f"Every action that {type(policy).__name__} predicts lies within -{NETWORK_RANGE} to {NETWORK_RANGE} in {name}, where "
         f"demonstrations lie between {low[element]:.4g} and {high[element]:.4g}, and so in all elements that move far: the "
@@ -69,3 +84,8 @@ def check_predictions(policy: Any, predicted: np.ndarray) -> str | None:
             f"{sentence}. `_predict` must return them un-normalised: self.normalizer.unnormalize('action', chunk)."
         )
     return f"{sentence}, or the policy hardly moves."
+
+
+def _name(policy: Any, element: int) -> str:
+    names = policy.features.action.names
+    return names[element] if names else f"element {element}"

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_robot.evaluation.controller import Controller
 from lightning_robot.evaluation.demonstrated import recorded
 from lightning_robot.evaluation.stepping import Description, EnvironmentFault, Pool, Transition
-from lightning_robot.features import IncompatibleFeatures, check_observation
+from lightning_robot.features import IncompatibleFeatures, check_observation, other_rate
 from lightning_robot.transforms.picture_summary import picture_grid
 
 PROBE_SEED = 999_999  # of no demonstration and no evaluation: the block of generation is never filled to its end
@@ -28,8 +28,8 @@ class KeepsState(ValueError):
     """A policy that remembers something between calls."""
 
 
-def probe(pool: Pool, policy: Any, description: Description, task: str | None = None) -> list[str]:
-    """Resets the first environment, takes a few steps, and resets it with the same seed.
+def probe(pool: Pool, policy: Any, description: Description, task: str | None = None) -> tuple[list[str], Transition]:
+    """Resets the first environment, takes a few steps, and does both again with the same seed.
 
     Args:
         pool: the environments; the first one is used, and left as after a reset.
@@ -38,26 +38,79 @@ def probe(pool: Pool, policy: Any, description: Description, task: str | None = 
         task: task id of the resets.
 
     Returns:
-        Sentences about what differs and does not prevent acting.
+        Sentences about what differs and does not prevent acting; the first start, for `probe_end`.
 
     Raises:
-        NotReset: the second reset gave another start state than the first.
-        IncompatibleFeatures: the observation is not what the policy reads.
+        NotReset: the second reset gave another start state than the first, or the same steps then led elsewhere.
+        IncompatibleFeatures: the observation, or the rate of steps, is not what the policy knows.
     """
     first = command(pool, "reset", PROBE_SEED, task)
     if first.error:
-        return [_left_out(first)]
+        return [_left_out(first)], first
     check_observation(policy.features, first.observation, policy.window.keys)
     notes = compare_pictures(policy, first.observation)
-    action = _any_action(description)
-    for _ in range(PROBE_STEPS):
-        step = command(pool, "step", action, False)
-        if step.error or step.terminated or step.truncated:
-            break
+    step = _steps(pool, description)
+    refuse_repeated_actions(policy, description, step)
     again = command(pool, "reset", PROBE_SEED, task)
     if step.error or again.error:
-        return [*notes, _left_out(step if step.error else again)]
-    return notes + _compare_starts(first, again)
+        return [*notes, _left_out(step if step.error else again)], first
+    notes += _compare_starts(first, again, f"after {PROBE_STEPS} steps")
+    step_again = _steps(pool, description)
+    if step_again.error:
+        return [*notes, _left_out(step_again)], first
+    differing, _ = _gaps(step, step_again)
+    if differing:
+        raise NotReset(
+            f"The environment does not begin an episode anew: after reset(seed={PROBE_SEED}) the same {PROBE_STEPS} actions "
+            f"led elsewhere the second time ({'; '.join(differing)}), though both began alike. Something outlives the reset, "
+            "such as a queue of actions or a filter in a wrapper, or draws at random: reset must empty it, and draw from the "
+            "seed alone."
+        )
+    return notes, first
+
+
+def probe_end(pool: Pool, task: str | None, first: Transition) -> None:
+    """Resets the first environment once more after the last episode: what a few steps do not move, a whole episode may.
+
+    Args:
+        pool: the environments.
+        task: task id of the resets.
+        first: what the first reset of `probe` gave.
+
+    Raises:
+        NotReset: it gives another start state now.
+    """
+    if first.error or not pool.alive(0):
+        return
+    again = command(pool, "reset", PROBE_SEED, task)
+    if not again.error:
+        # No word of small differences: they may grow with the episodes that this one of the environments happened to play.
+        _compare_starts(first, again, "after the episodes")
+
+
+def refuse_repeated_actions(policy: Any, description: Description, step: Transition) -> None:
+    """Refuses a wrapper that takes several steps of the environment for each action, where this gives another control rate.
+
+    Raises:
+        IncompatibleFeatures: names both rates.
+    """
+    rate = description.control_rate or (description.features.control_rate if description.features is not None else 0)
+    if step.error or step.inner_steps < 2 or description.rate_of_wrapper:
+        return
+    error = other_rate(policy.features.control_rate, rate / step.inner_steps)
+    if error:
+        raise IncompatibleFeatures(
+            f"The policy does not fit:\n  {error} A wrapper takes {step.inner_steps} steps of the environment for each action."
+        )
+
+
+def _steps(pool: Pool, description: Description) -> Transition:
+    """A few steps, always the same ones, no two alike; what came of the last one."""
+    for number, action in enumerate(_any_actions(description)):
+        step = command(pool, "step", action, number == PROBE_STEPS - 1)
+        if step.error or step.terminated or step.truncated:
+            break
+    return step
 
 
 def command(pool: Pool, name: str, *arguments: Any) -> Transition:
@@ -126,14 +179,15 @@ def compare_pictures(policy: Any, observation: dict[str, Any]) -> list[str]:
     return [f"cameras are swapped under their names: {pairs} in the demonstrations (by their pictures)."]
 
 
-def _any_action(description: Description) -> np.ndarray:
-    """(A,) float32 within the bounds, always the same; 0 where there are none."""
+def _any_actions(description: Description) -> np.ndarray:
+    """(PROBE_STEPS, A) float32 within the bounds, always the same; 0 where there are none."""
     bounded = np.isfinite(description.low) & np.isfinite(description.high)
     low, high = np.where(bounded, description.low, 0), np.where(bounded, description.high, 0)
-    return np.random.default_rng(PROBE_SEED).uniform(low, high).astype(np.float32)
+    return np.random.default_rng(PROBE_SEED).uniform(low, high, (PROBE_STEPS, len(low))).astype(np.float32)
 
 
-def _compare_starts(first: Transition, again: Transition) -> list[str]:
+def _gaps(first: Transition, again: Transition) -> tuple[list[str], list[str]]:
+    """How two observations differ: by more than rounding, and by no more than that."""
     differing: list[str] = []
     nearly: list[str] = []
     for key, value in first.observation.items():
@@ -151,11 +205,16 @@ def _compare_starts(first: Transition, again: Transition) -> list[str]:
         else:
             far = bool((gap > 1e-3 * (1 + np.abs(value))).any())
         (differing if far else nearly).append(f"{key} differs by up to {np.nanmax(gap):.3g}")
+    return differing, nearly
+
+
+def _compare_starts(first: Transition, again: Transition, when: str) -> list[str]:
+    differing, nearly = _gaps(first, again)
     if not differing and first.state != again.state and not nearly:
         differing.append("state_fingerprint differs")
     if differing:
         raise NotReset(
-            f"The environment does not begin an episode anew: after {PROBE_STEPS} steps reset(seed={PROBE_SEED}) gave another "
+            f"The environment does not begin an episode anew: {when} reset(seed={PROBE_SEED}) gave another "
             f"start state than before them ({'; '.join(differing)}). Episodes would begin where others ended, or at random, "
             "and no result would repeat: its reset must restore the whole state, and draw from the seed alone."
         )

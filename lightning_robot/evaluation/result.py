@@ -352,6 +352,12 @@ class EvaluationResult:
                 f"Success was true already at reset in {early} of {counted(len(self.records), 'episode')} (seeds {listed}): "
                 "the policy did nothing for it, and these episodes are not counted."
             )
+        if at_once := [row for row in self.counted if row.success and row.steps <= 1]:
+            listed = ", ".join(str(row.seed) for row in at_once[:10]) + (" …" if len(at_once) > 10 else "")
+            sentences.append(
+                f"Success was true after a single step in {len(at_once)} of {counted(len(self.records), 'episode')} (seeds "
+                f"{listed}): look whether it was so already at the reset, where the environment may not say it."
+            )
         distinct, told_by = summary["distinct_start_states"], self.settings.get("start_states_told_by")
         if distinct < len(self.records) - len(self.errors):
             by = f", told apart by {told_by}" if told_by else ""

@@ -17,7 +17,7 @@ import torch
 
 from lightning_robot.console import progress as show_progress
 from lightning_robot.evaluation.controller import INFERENCE_BATCH, Controller, Ensembling, row_of
-from lightning_robot.evaluation.demonstrated import acting_notes, refuse_training_seeds, unchecked_facts
+from lightning_robot.evaluation.demonstrated import acting_notes, cut_note, refuse_training_seeds, unchecked_facts
 from lightning_robot.evaluation.fingerprints import (
     environment_fingerprints,
     fingerprint_configuration,
@@ -26,7 +26,7 @@ from lightning_robot.evaluation.fingerprints import (
     package_version,
 )
 from lightning_robot.evaluation.plausibility import check_predictions
-from lightning_robot.evaluation.probe import PROBE_SEED, command, probe, refuse_memory
+from lightning_robot.evaluation.probe import probe, probe_end, refuse_memory
 from lightning_robot.evaluation.result import SOLVED_AT_RESET, EpisodeRecord, EpisodeTimes, EvaluationResult
 from lightning_robot.evaluation.stepping import (
     Description,
@@ -36,7 +36,7 @@ from lightning_robot.evaluation.stepping import (
     Transition,
     open_pool,
 )
-from lightning_robot.features import IncompatibleFeatures, check_compatible, check_observation, other_rate
+from lightning_robot.features import IncompatibleFeatures, check_compatible, other_rate
 from lightning_robot.transforms.postprocess import build_postprocess
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ def rollout(
             anew, or every episode ended by an error.
         TrainingSeeds: scenes of the policy's demonstrations were to be played.
         NormalizedActions: the policy's actions were left in the network's units.
+        KeepsState: the policy remembers something between calls.
     """
     block = max(1, min(inference_batch, math.ceil(len(episodes) / world_size)))  # consecutive seeds fill a query
     share = [episode for position, episode in enumerate(episodes) if position // block % world_size == rank]
@@ -247,9 +248,18 @@ def rollout(
         limit = _step_limit(description, max_steps)
         refuse_training_seeds(policy, [episode.seed for episode in episodes], description)
         notes += acting_notes(policy, limit, controller.execution_horizon)
-        notes += [note for note in probe(pool, policy, description, episodes[0].task) if not _told(note, notes)]
+        seen_first, start = probe(pool, policy, description, episodes[0].task)
+        notes += [note for note in seen_first if not _told(note, notes)]
+        cut: list[int] = []
+
+        def notice(_: int, transition: Transition) -> None:
+            if transition.truncated and not transition.success and transition.elapsed < limit:
+                cut.append(transition.elapsed)
+
         with acting(policy, threads):
-            played: Iterator = play(pool, controller, share, description, limit)
+            if not start.error:
+                refuse_memory(policy, start.observation, inference_batch)
+            played: Iterator = play(pool, controller, share, description, limit, notice)
             if progress and rank == 0:
                 played = show_progress(played, total=len(share), description="evaluating", unit="episodes")
             rows = []
@@ -258,9 +268,11 @@ def rollout(
                 if len(rows) in (PLAUSIBLE_AFTER, len(share)):
                     doubt = check_predictions(policy, controller.predicted)
             fingerprint = fingerprint_policy(policy)
+        probe_end(pool, episodes[0].task, start)
     finally:
         pool.close()
     records = [record for record, _ in rows]
+    notes += [note for note in (cut_note(policy, max(cut, default=limit), limit), doubt) if note]
     result = EvaluationResult(
         records=records,
         settings={
@@ -282,7 +294,7 @@ def rollout(
             "statistics": fingerprint_statistics(policy),
             "configuration": fingerprint_configuration(policy),
         },
-        notes=notes + ([doubt] if doubt else []),
+        notes=notes,
         times=[times for _, times in rows],
         seconds=time.perf_counter() - started,
         processes=pool.processes,
@@ -398,23 +410,19 @@ def environment_maker(env: str, arguments: dict[str, Any] | None = None) -> Make
     return partial(import_module("lightning_robot.envs").make_environment, env, **(arguments or {}))
 
 
-def inspect_environment(
-    policy: Policy, make_env: MakeEnvironment, tasks: Sequence[str] = (), ask: int = 0
-) -> tuple[Description, list[str]]:
+def inspect_environment(policy: Policy, make_env: MakeEnvironment, tasks: Sequence[str] = ()) -> tuple[Description, list[str]]:
     """Makes one environment and asks whether the policy can act in it, before the work.
 
     Args:
         policy: what shall act.
         make_env: makes the environment.
         tasks: task ids that it must know.
-        ask: rows of two queries of the policy, which must answer alike; 0 asks nothing.
 
     Returns:
         What the environment says of itself, and differences that do not prevent acting.
 
     Raises:
         IncompatibleFeatures, EnvironmentFault, PostprocessError: as `rollout` would; or the environment refuses a task.
-        KeepsState: the policy remembers something between calls.
     """
     build_postprocess(getattr(policy, "postprocess", None) or (), policy.features)
     pool = open_pool(make_env, 1, policy.features, 0)
@@ -426,11 +434,6 @@ def inspect_environment(
             ((_, transition),) = pool.receive()
             if transition.error:
                 raise EnvironmentFault(f"The environment cannot begin the task {task!r}: {transition.error}.")
-        if ask:
-            start = command(pool, "reset", PROBE_SEED, tasks[0] if tasks else None)
-            if not start.error:
-                check_observation(policy.features, start.observation, policy.window.keys)
-                refuse_memory(policy, start.observation, ask)
         return description, notes
     finally:
         pool.close()

@@ -10,7 +10,7 @@ import hashlib
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -38,6 +38,7 @@ class Description:
         low, high: bounds of the action, each (A,).
         rate: control steps per second, for videos.
         control_rate: the same where the environment says it for certain, else 0.
+        rate_of_wrapper: whether a wrapper says it, otherwise than the environment in it.
         start_states: what tells start states apart: ``state_fingerprint`` or ``first observation``.
     """
 
@@ -50,6 +51,7 @@ class Description:
     rate: float
     control_rate: float = 0.0
     start_states: str = "first observation"
+    rate_of_wrapper: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Transition:
     error: str | None = None
     details: dict[str, Any] = field(default_factory=dict)  # what the environment says at an episode's end
     state: str = ""  # after a reset: digest of the start state
+    inner_steps: int = 1  # steps of the innermost environment: a wrapper may repeat each action
 
 
 class Host:
@@ -76,10 +79,12 @@ class Host:
         self.features = features
         self.env: Any = None
         self.elapsed = 0
+        self.inner_steps = 0
 
     def open(self) -> Any:
         if self.env is None:
             self.env = self.make_env()
+            self._count_inner_steps()
             if self.features is not None and hasattr(self.env.unwrapped, "match"):
                 self.env.unwrapped.match(self.features)
         return self.env
@@ -96,18 +101,24 @@ class Host:
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise EnvironmentFault(f"Actions must be a flat gymnasium Box; this environment has {space}.")
         name = env.spec.id if env.spec is not None else type(inner).__name__
-        limit = getattr(env.spec, "max_episode_steps", None) or getattr(inner, "max_steps", None)
-        rate = getattr(inner, "control_rate", None) or env.metadata.get("render_fps") or 30
+        limit = getattr(env.spec, "max_episode_steps", None) or _said(env, "max_steps")
+        control_rate = float(_said(env, "control_rate") or 0)
+        rate = control_rate or env.metadata.get("render_fps") or 30
+        features, own = _said(env, "features"), getattr(inner, "features", None)
+        of_wrapper = control_rate != float(getattr(inner, "control_rate", None) or 0)
+        if of_wrapper and features is not None and features.control_rate == getattr(own, "control_rate", None):
+            features = replace(features, control_rate=control_rate)  # the wrapper told its rate, and did not think of these
         return Description(
-            features=getattr(inner, "features", None),
-            fingerprint=dict(getattr(inner, "fingerprint", None) or {"simulator": name}),
+            features=features,
+            fingerprint=dict(_said(env, "fingerprint") or {"simulator": name}),
             max_steps=int(limit) if limit else None,
-            tasks=tuple(getattr(inner, "tasks", None) or ()),
+            tasks=tuple(_said(env, "tasks") or ()),
             low=np.asarray(space.low, dtype=np.float32),
             high=np.asarray(space.high, dtype=np.float32),
             rate=float(rate),
-            control_rate=float(getattr(inner, "control_rate", None) or 0),
+            control_rate=control_rate,
             start_states="state_fingerprint" if hasattr(inner, "state_fingerprint") else "first observation",
+            rate_of_wrapper=of_wrapper,
         )
 
     def reset(self, seed: int, task: str | None) -> Transition:
@@ -130,6 +141,7 @@ class Host:
 
     def _step(self, env: Any, action: np.ndarray, observe: bool) -> Transition:
         self._skip(env, not observe)
+        self.inner_steps = 0
         observation, reward, terminated, truncated, info = env.step(action)
         self.elapsed += 1
         return Transition(
@@ -141,11 +153,22 @@ class Host:
             _success(info),
             info.get("failure"),
             details=plain_details(info.get("details")),
+            inner_steps=self.inner_steps,
         )
 
     def _skip(self, env: Any, skip: bool) -> None:
         if hasattr(env.unwrapped, "skip_observation"):
-            env.unwrapped.skip_observation = skip
+            env.unwrapped.skip_observation = skip and _reads_no_observation(env)
+
+    def _count_inner_steps(self) -> None:
+        inner = self.env.unwrapped
+        step = inner.step
+
+        def counted(action: Any) -> Any:
+            self.inner_steps += 1
+            return step(action)
+
+        inner.step = counted
 
     def _guarded(self, call: Callable[[Any], Transition]) -> Transition:
         try:
@@ -161,6 +184,20 @@ class Host:
                 env.close()
             except Exception:  # a broken environment may not even close
                 traceback.print_exc()
+
+
+def _said(env: Any, name: str) -> Any:
+    """What the outermost wrapper that has the attribute says, else the environment itself; None if nobody does."""
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
+
+
+def _reads_no_observation(env: Any) -> bool:
+    """Whether no wrapper of the user's own stands between, which may read what the environment leaves out."""
+    while hasattr(env, "env") and env is not env.unwrapped:
+        if not type(env).__module__.startswith("gymnasium.wrappers.common"):
+            return False
+        env = env.env
+    return True
 
 
 def _as_dict(observation: Any) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class Policy(ABC):
         demonstrations: what its checkpoint records of the demonstrations (`lightning_robot.data.recorded_facts`) and, as
             ``statistics``, the fingerprint of the normaliser that was fitted to them. None or without a fact where it is not
             known, as in older checkpoints.
+        averaged_weights: ``used``, ``left`` (the checkpoint has some, raw ones were asked for) or ``missing`` (it has none any
+            more); None where training averaged none, or the policy does not come from a checkpoint.
     """
 
     observation_steps: int
@@ -78,6 +80,7 @@ class Policy(ABC):
     ensembling: dict[str, Any] | None = None
     features: Features
     demonstrations: dict[str, Any] | None = None
+    averaged_weights: Literal["used", "left", "missing"] | None = None
 
     @property
     @abstractmethod
@@ -251,7 +254,11 @@ class ImitationPolicy(Policy, LightningModule):
         if fresh:
             self.fit_normalization(data)
             facts: dict[str, Any] = getattr(data, "recorded_facts", dict)()
-            self.demonstrations = {**facts, "statistics": self.normalizer.fingerprint}
+            self.demonstrations = {
+                **facts,
+                "statistics": self.normalizer.fingerprint,
+                "execution_horizon": self.execution_horizon,
+            }
         else:
             self.normalizer = Normalizer.from_features(self.network_features, self.normalization)
 
@@ -460,6 +467,8 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
             f"{path} holds more than tensors and plain values, or is damaged: it was not loaded. Checkpoints of the original "
             "DP3 load with lightning_robot.policies.original_dp3.load_original_dp3(path)."
         ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}.")
     if "class_path" not in checkpoint or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of format {CHECKPOINT_FORMAT} of this project (it holds "
@@ -477,7 +486,12 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
     if not (isinstance(policy_class, type) and issubclass(policy_class, Policy)):
         raise ValueError(f"{path} names the class {checkpoint['class_path']}, which is no policy.")
     arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
-    policy: Any = policy_class(**arguments)
+    try:
+        policy: Any = policy_class(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} does not fit {checkpoint['class_path']} as it is here ({error}): it is of another version, or was changed."
+        ) from error
     policy.configure_model()
     state = dict(checkpoint["state_dict"])
     averaged = checkpoint.get("ema_state_dict")
@@ -485,7 +499,16 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
         raise ValueError(f"{path} holds no averaged weights; load it with weights='raw'.")
     if averaged is not None and weights != "raw":
         state.update(averaged)
-    policy.load_state_dict(state)
+    try:
+        policy.load_state_dict(state)
+    except RuntimeError as error:
+        first, *others = str(error).split("\n\t")
+        told = "; ".join(line.strip().rstrip(".") for line in others[:3]) or first
+        raise ValueError(f"{path}: its weights do not fit {checkpoint['class_path']} as it is here: {told}.") from error
     check_statistics(checkpoint, path)
+    if averaged is not None:
+        policy.averaged_weights = "left" if weights == "raw" else "used"
+    elif "ema_updates" in checkpoint:
+        policy.averaged_weights = "missing"
     policy.demonstrations = checkpoint.get("demonstrations")
     return policy.to(device).eval()

@@ -3,6 +3,7 @@
 `fake_arm:fault/Arm-v0` and its siblings are registered when this module is imported, in worker processes too.
 """
 
+import dataclasses
 import hashlib
 
 import gymnasium
@@ -138,6 +139,70 @@ class Swapped(gymnasium.ObservationWrapper):
         return observation | {overhead: observation[wrist], wrist: observation[overhead]}
 
 
+class OldActions(gymnasium.Wrapper):
+    """A queue of actions that no reset empties: the arm executes at last what was commanded two steps before."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.queue = []
+
+    def step(self, action):
+        self.queue.append(action)
+        return self.env.step(self.queue.pop(0) if len(self.queue) > 2 else np.zeros(3))
+
+
+class StaysBehind(gymnasium.Wrapper):
+    """Begins anew unless an episode took long: what a few steps do not move is not put back."""
+
+    def reset(self, *, seed=None, options=None):
+        moved = getattr(self.unwrapped, "count", 0) > 3
+        observation, info = self.env.reset(seed=seed, options=options)
+        if moved:
+            self.unwrapped.pose[2] += 10
+            observation = self.unwrapped.observe()
+        return observation, info
+
+
+class Repeats(gymnasium.Wrapper):
+    """Executes each action three times, and says so or not."""
+
+    def step(self, action):
+        for _ in range(3):
+            last = self.env.step(action)
+        return last
+
+
+class Slower(Repeats):
+    control_rate = 10.0
+
+
+class Announces(gymnasium.Wrapper):
+    """Says of itself what it offers: here another control rate."""
+
+    @property
+    def features(self):
+        return dataclasses.replace(self.unwrapped.features, control_rate=10.0)
+
+
+class CutShort(gymnasium.Wrapper):
+    """Ends episodes after three steps; the arm underneath names twenty."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated or self.unwrapped.count >= 3, info
+
+
+class SolvedAtOnce(gymnasium.Wrapper):
+    """Does not say at the reset that the task is solved, which it is."""
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed, options=options)[0], {}
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, info | {"success": True}
+
+
 def wrapped(name, **arguments):
     """The arm in one of the wrappers above."""
     painted = {"painted": name == "Painted"} if name in ("Depth", "Painted") else {}
@@ -145,5 +210,6 @@ def wrapped(name, **arguments):
 
 
 gymnasium.register("fault/Arm-v0", entry_point=Arm)
-for wrapper in ("Unchanged", "OneMore", "Depth", "Painted", "Continues", "OneStart", "Swapped"):
+SIMPLE = ("Unchanged", "OneMore", "Continues", "OneStart", "Swapped", "OldActions", "StaysBehind", "Repeats", "Slower")
+for wrapper in (*SIMPLE, "Announces", "CutShort", "SolvedAtOnce", "Depth", "Painted"):
     gymnasium.register(f"fault/{wrapper}-v0", entry_point=wrapped, kwargs={"name": wrapper})

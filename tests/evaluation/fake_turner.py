@@ -10,6 +10,7 @@ class Turner(ImitationPolicy):
     """Predicts four steps, of which two are executed. Its one weight learns nothing and does nothing.
 
     Args:
+        execution_horizon: see `ImitationPolicy`.
         transforms: see `ImitationPolicy`.
         postprocess: see `ImitationPolicy`.
         features: see `ImitationPolicy`.
@@ -21,6 +22,7 @@ class Turner(ImitationPolicy):
 
     def __init__(
         self,
+        execution_horizon: int = 2,
         transforms: list | None = None,
         postprocess: list | None = None,
         features: dict | None = None,
@@ -28,7 +30,7 @@ class Turner(ImitationPolicy):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.observation_steps, self.action_horizon, self.execution_horizon = 1, 4, 2
+        self.observation_steps, self.action_horizon, self.execution_horizon = 1, 4, execution_horizon
 
     def build(self):
         self.weight = torch.nn.Parameter(torch.ones(1))

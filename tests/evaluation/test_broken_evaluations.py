@@ -11,6 +11,7 @@ import torch
 
 from lightning_robot.evaluation.controller import Controller
 from lightning_robot.evaluation.plausibility import NormalizedActions, check_predictions, demonstrated_range
+from lightning_robot.evaluation.probe import KeepsState
 from lightning_robot.evaluation.rollout import Episode, rollout
 from lightning_robot.features import Feature, Features, IncompatibleFeatures
 from lightning_robot.policies.base import ImitationPolicy
@@ -141,6 +142,31 @@ def test_a_loop_of_ones_own_that_forgets_the_reset_is_refused():
 def test_actions_left_normalised_end_the_evaluation(mode, num_envs):
     with pytest.raises(NormalizedActions, match=r"within -1.5 to 1.5 in lift.*`_predict` must return them un-normalised"):
         rollout(policy(Forgetful, mode=mode), Arm, EPISODES, num_envs=num_envs, progress=False)
+
+
+def test_actions_unnormalised_by_other_statistics_end_the_evaluation():
+    """Scale and offset of identity: no element stays within a fixed range, and two come near no demonstration."""
+    changed = policy(mode="mean_std")
+    changed.demonstrations = {"action_range": [[-17.0, -40.0, 80.0], [40.0, -20.0, 100.0]]}
+    predicted = np.array([[-2.0, -2.5, -3.5], [2.0, 2.5, 3.5]])
+    with pytest.raises(
+        NormalizedActions, match=r"between -3.5 and 3.5 in gripper, where demonstrations lie between 80 and 100"
+    ):
+        check_predictions(changed, predicted)
+    assert check_predictions(changed, np.array([[-2.0, -25.0, -3.5], [2.0, 2.5, 3.5]])) is None  # one alone may be the policy's
+
+
+@pytest.mark.parametrize("kind", ["queue", "raw"])
+def test_the_python_function_sees_what_the_command_sees(kind):
+    made = policy()
+    if kind == "raw":
+        made.averaged_weights = "left"  # as `load_policy(path, weights="raw")` says
+        assert rollout(made, Arm, EPISODES, progress=False).notes[0].startswith("weights: the raw ones are judged")
+        return
+    levels = iter((40, 60))
+    made._predict = lambda *_: torch.full((8, 1, 4, 3), float(next(levels)))
+    with pytest.raises(KeepsState, match="answered the same observation"):
+        rollout(made, Arm, EPISODES, progress=False)
 
 
 def test_what_cannot_be_told_for_certain_is_said():

@@ -135,6 +135,25 @@ REFUSED = {
         "The policy does not fit:\n  control rate: trained at 30 Hz, offered 10 Hz: every action would last 3 times as long. "
         "Let the environment step at the data's rate, or train on data of its rate.",
     ),
+    "another control rate, told by a wrapper's features": (
+        wrapped("Announces"),
+        wrapped("Unchanged"),
+        "The policy does not fit:\n  control rate: trained at 30 Hz, offered 10 Hz: every action would last 3 times as long. "
+        "Let the environment step at the data's rate, or train on data of its rate.",
+    ),
+    "another control rate, told by a wrapper": (
+        wrapped("Slower"),
+        wrapped("Unchanged"),
+        "The policy does not fit:\n  control rate: trained at 30 Hz, offered 10 Hz: every action would last 3 times as long. "
+        "Let the environment step at the data's rate, or train on data of its rate.",
+    ),
+    "a wrapper that repeats each action": (
+        wrapped("Repeats"),
+        wrapped("Unchanged"),
+        "The policy does not fit:\n  control rate: trained at 30 Hz, offered 10 Hz: every action would last 3 times as long. "
+        "Let the environment step at the data's rate, or train on data of its rate. A wrapper takes 3 steps of "
+        "the environment for each action.",
+    ),
     "depth where colour is expected": (
         wrapped("Depth"),
         wrapped("Unchanged"),
@@ -159,6 +178,20 @@ REFUSED = {
         "The environment does not begin an episode anew: after 3 steps reset(seed=999999) gave another start state than before "
         "them (observation.state differs by up to …; …). Episodes would begin where others ended, or at random, and no result "
         "would repeat: its reset must restore the whole state, and draw from the seed alone.",
+    ),
+    "what only a whole episode moves is not reset": (
+        wrapped("StaysBehind"),
+        wrapped("Unchanged"),
+        "The environment does not begin an episode anew: after the episodes reset(seed=999999) gave another start state than "
+        "before them (observation.state differs by up to 10; …). Episodes would begin where others ended, or at random, and no "
+        "result would repeat: its reset must restore the whole state, and draw from the seed alone.",
+    ),
+    "a stale action queue in a wrapper": (
+        wrapped("OldActions"),
+        wrapped("Unchanged"),
+        "The environment does not begin an episode anew: after reset(seed=999999) the same 3 actions led elsewhere the second "
+        "time (observation.state differs by up to …; …), though both began alike. Something outlives the reset, such as a "
+        "queue of actions or a filter in a wrapper, or draws at random: reset must empty it, and draw from the seed alone.",
     ),
     "a stale action queue": (
         of_class("Queueing"),
@@ -189,6 +222,18 @@ NAMED = {
         "step limit: 5 steps, but 6 of 6 demonstrations took longer (median …, longest …): what they show may not be finished "
         "in time.",
     ),
+    "a step limit that a wrapper sets": (
+        wrapped("CutShort"),
+        wrapped("Unchanged"),
+        "step limit: the environment ended episodes after 3 of 20 steps, but 6 of 6 demonstrations took longer (median …, "
+        "longest …): what they show may not be finished in time.",
+    ),
+    "success true at a reset that does not say so": (
+        wrapped("SolvedAtOnce"),
+        wrapped("Unchanged"),
+        "Success was true after a single step in 4 of 4 episodes (seeds 2000000, 2000001, 2000002, 2000003): look whether it "
+        "was so already at the reset, where the environment may not say it.",
+    ),
     "success true at reset": (
         ["--env-kwargs", '{"solved_at_reset": [2000001]}'],
         ["--env-kwargs", '{"solved_at_reset": []}'],
@@ -211,6 +256,17 @@ NAMED = {
         ["--weights", "raw"],
         ["--weights", "ema"],
         "weights: the raw ones are judged; the checkpoint also holds averaged ones, by which training judged it.",
+    ),
+    "raw weights, averaged ones taken out": (
+        lambda content: content.pop("ema_state_dict"),
+        lambda content: None,
+        "weights: the raw ones are judged; training judged averaged ones, which the checkpoint no longer holds.",
+    ),
+    "a chunk made longer in the checkpoint": (
+        lambda content: content["hyper_parameters"].update(execution_horizon=4),
+        lambda content: content["hyper_parameters"].update(execution_horizon=2),
+        "execution horizon: 4 actions of each chunk are executed, 2 in training: the later ones were predicted from "
+        "observations older than it ever had to rely on.",
     ),
     "a chunk executed longer than in training": (
         ["--execution-horizon", "4"],

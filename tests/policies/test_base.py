@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_robot.callbacks.checkpoints import read_checkpoint
 from lightning_robot.features import Feature, Features
 from lightning_robot.policies.base import ImitationPolicy, load_policy
 from lightning_robot.transforms.normalizer import Normalizer
@@ -141,6 +142,33 @@ def test_a_missing_checkpoint_names_what_lies_beside_it(tmp_path):
     save(built(Linear(), Data()), tmp_path / "best.ckpt")
     with pytest.raises(FileNotFoundError, match=r"There is: best\.ckpt"):
         load_policy(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda content: content["hyper_parameters"].update(depth=3),
+            r"unexpected keyword argument 'depth'\): it is of another",
+        ),
+        (lambda content: content["state_dict"].pop("network.bias"), r'weights do not fit .*Missing key\(s\).*"network.bias"'),
+        (lambda content: content["state_dict"].update({"network.bias": torch.zeros(1)}), "size mismatch for network.bias"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_class_is_refused_in_a_sentence(tmp_path, change, said):
+    content = torch.load(save(built(Linear(), Data()), tmp_path / "policy.ckpt"), weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match=said) as refusal:
+        load_policy(tmp_path / "changed.ckpt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    for read in (load_policy, read_checkpoint):
+        with pytest.raises(ValueError, match=r"list.ckpt is no checkpoint: it holds a list"):
+            read(tmp_path / "list.ckpt")
 
 
 def test_another_policys_checkpoint_is_refused():
