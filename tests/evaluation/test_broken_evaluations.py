@@ -154,6 +154,8 @@ def test_actions_unnormalised_by_other_statistics_end_the_evaluation():
     ):
         check_predictions(changed, predicted)
     assert check_predictions(changed, np.array([[-2.0, -25.0, -3.5], [2.0, 2.5, 3.5]])) is None  # one alone may be the policy's
+    changed.demonstrations = {"action_range": [[-1.0, 0.5, 0.2], [1.0, 0.5, 0.2]]}
+    assert check_predictions(changed, np.array([[-2.0, 0.3, 0.4], [2.0, 0.4, 0.5]])) is None  # two that stood still
 
 
 @pytest.mark.parametrize("kind", ["queue", "raw"])
