@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -44,6 +44,30 @@ REPRODUCED, BELOW, ABOVE = "reproduced", "below", "above"
 
 class LedgerError(Exception):
     """An entry is wrong, or cannot be tried here; the message says why."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What each field of an entry must be: in words, and as a test.
+_MEANT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "claim": ("a sentence", lambda value: isinstance(value, str)),
+    "config": ("the path of a configuration", lambda value: isinstance(value, str)),
+    "seeds": (
+        "training, demonstrations and evaluation, each a whole number",
+        lambda value: isinstance(value, dict) and all(isinstance(seed, int) for seed in value.values()),
+    ),
+    "episodes": ("a whole number", lambda value: isinstance(value, int)),
+    "expected": (
+        "an interval in per cent, such as [97, 99.9]",
+        lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    ),
+    "minutes": ("a number", _is_number),
+    "overrides": ("settings and their values", lambda value: isinstance(value, dict)),
+    "measured": ("a list of runs", lambda value: isinstance(value, list) and all(isinstance(run, dict) for run in value)),
+    "requires": ("extra and module", lambda value: isinstance(value, dict) and {"extra", "module"} <= value.keys()),
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,9 @@ class Entry:
         needed = [name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
         if missing := [name for name in needed if name not in values]:
             raise LedgerError(f"{path} does not say {', '.join(missing)}.")
+        if wrong := [name for name, meant in _MEANT.items() if name in values and not meant[1](values[name])]:
+            told = "; ".join(f"{name} is {values[name]!r}, meant is {_MEANT[name][0]}" for name in wrong)
+            raise LedgerError(f"{path}: {told}.")
         entry = cls(path, **{**values, "expected": tuple(values["expected"]), "measured": tuple(values.get("measured", ()))})
         if not (len(entry.expected) == 2 and 0 <= entry.expected[0] <= entry.expected[1] <= 100):
             raise LedgerError(
