@@ -498,6 +498,9 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] | None = None, 
     if weights == "ema" and averaged is None:
         raise ValueError(f"{path} holds no averaged weights; load it with weights='raw'.")
     if averaged is not None and weights != "raw":
+        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        if lacking := trained - averaged.keys():
+            raise ValueError(f"{path}: its averaged weights lack {', '.join(sorted(lacking)[:3])}; it was changed.")
         state.update(averaged)
     try:
         policy.load_state_dict(state)

@@ -97,6 +97,9 @@ def test_averaged_weights_are_taken_unless_raw_ones_are_asked_for(tmp_path):
     torch.testing.assert_close(load_policy(path, weights="raw").network.weight, policy.network.weight)
     with pytest.raises(ValueError, match="weights='raw'"):
         load_policy(save(policy, tmp_path / "plain.ckpt"), weights="ema")
+    del averaged["network.weight"]
+    with pytest.raises(ValueError, match=r"averaged weights lack network\.weight"):
+        load_policy(save(policy, tmp_path / "changed.ckpt", ema_state_dict=averaged))
 
 
 def test_configure_model_may_be_called_again():
