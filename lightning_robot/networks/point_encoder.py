@@ -53,6 +53,7 @@ class PointNet(nn.Module):
         rows = critical + points * torch.arange(count, device=clouds.device).unsqueeze(1)
         if clouds.device.type == "cpu":  # a point decides two to three channels on average; elsewhere fixed shapes pay more
             rows, positions = torch.unique(rows, return_inverse=True)
+            rows = nn.functional.pad(rows, (0, -len(rows) % _granule(len(rows))))
         else:
             positions = torch.arange(rows.numel(), device=clouds.device).view_as(rows)
         features = self.mlp(clouds.flatten(0, 1)[rows.flatten()])  # (R, pooled_size)
@@ -67,3 +68,12 @@ class PointNet(nn.Module):
         if clouds.device.type != "cpu":
             return (clouds,)
         return clouds.split(max(1, POINTS_PER_SLICE // clouds.shape[1]))
+
+
+def _granule(rows: int) -> int:
+    """What a number of rows is rounded up to: a sixteenth to a thirty-second of it.
+
+    oneDNN compiles and keeps a kernel for every shape that it meets, up to a thousand of them. Critical points are another
+    number in every step; unrounded, that costs 10 MB a step until then.
+    """
+    return 2 ** max(6, rows.bit_length() - 5)

@@ -63,6 +63,20 @@ def test_only_critical_points_are_computed_with_gradient():
     assert rows[-1][0] < 4 * 256
 
 
+def test_few_numbers_of_rows_are_met_in_training():
+    """Each is a shape that a kernel is compiled and kept for."""
+    torch.manual_seed(0)
+    encoder, rows, exact = PointNet(6), set(), set()
+    encoder.mlp[0].register_forward_hook(lambda _, inputs, output: rows.add(len(inputs[0])) if output.requires_grad else None)
+    for _ in range(20):
+        clouds = torch.rand(16, 256, 6)
+        encoder(clouds)
+        exact.add(sum(len(critical.unique()) for critical in encoder.critical_points(clouds)))
+    assert len(exact) > 12
+    assert len(rows) <= 4
+    assert max(rows) < 1.07 * max(exact)
+
+
 def test_without_norms():
     encoder = PointNet(layer_norm=False, final_norm=False)
     assert len(encoder.projection) == 1
