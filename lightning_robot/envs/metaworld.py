@@ -321,9 +321,11 @@ class MetaWorld(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self._observe(), reward, success, truncated, info
 
     def state_fingerprint(self) -> str:
-        """Digest of the simulation's whole state."""
-        data = self._scene().data
-        parts = (data.time, data.qpos, data.qvel, data.act, data.ctrl, data.mocap_pos, data.qacc_warmstart)
+        """Digest of the simulation's whole state; resets move drawers, doors and goals in the model itself."""
+        scene = self._scene()
+        data, model = scene.data, scene.model
+        moved = (model.body_pos, model.body_quat, model.site_pos, scene.state)
+        parts = (data.time, data.qpos, data.qvel, data.act, data.ctrl, data.mocap_pos, data.qacc_warmstart, *moved)
         return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()
 
     def _scene(self) -> Scene:

@@ -53,6 +53,15 @@ class TestEpisodes:
             np.testing.assert_array_equal(one["observation.state"], two["observation.state"])
         assert _play(fresh, task, 8, 1)[2] != _play(fresh, task, 7, 1)[2]
 
+    @pytest.mark.parametrize("task", ["drawer-open", "door-open", "push", "reach"])
+    def test_start_states_are_told_apart(self, task):
+        env, digests = MetaWorld(observations=["state"]), []
+        for seed in (1, 2, 3, 1):
+            env.reset(seed=seed, options={"task": task})
+            digests.append(env.state_fingerprint())
+        assert len(set(digests)) == 3
+        assert digests[0] == digests[3]
+
     @pytest.mark.parametrize("task", ["drawer-open", "button-press-topdown", "reach", "push"])
     def test_experts_solve_their_tasks(self, task):
         env = MetaWorld(observations=["state"], success_steps=5)
