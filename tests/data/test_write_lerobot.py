@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -14,6 +16,10 @@ from lightning_robot.data.store import StoreError
 from lightning_robot.data.video import DepthCode, frame_count
 from lightning_robot.data.write_lerobot import LeRobotWriter
 from lightning_robot.features import Feature, Features
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "standins"))
+
+from ranks import run_ranks
 
 FEATURES = Features(
     observations={
@@ -224,3 +230,27 @@ def test_the_verification_finds_other_frames_and_another_order(tmp_path):
         other.take(changed)
     with pytest.raises(StoreError, match="action of frame 6 is not what was written"):
         other.compare(folder, LENGTHS, "png")
+
+
+def _encode_two(folder, seed, encoding):
+    """A hash of the second of two small clips, encoded where other things lay in memory before."""
+    random = np.random.default_rng(seed)
+    used = [np.full(int(random.integers(100, 2_000_000)), random.integers(1, 255), np.uint8) for _ in range(60)]
+    del used
+    for clip in range(2):
+        frames = np.full((28, 48, 48, 3), 90, np.uint8)
+        frames[:, :24] = (40, 60, 160)
+        texture = np.random.default_rng(clip)
+        for number, frame in enumerate(frames):
+            row, column = int(4 + 0.9 * number), int(8 + 0.6 * number + clip)
+            frame[row : row + 9, column : column + 11] = (200, 30 + clip, 60)
+            frame[20:30, 30:34] = texture.integers(0, 255, (10, 4, 3))
+        write_clip(folder / "a.mp4", frames, 30, ENCODINGS[encoding])
+    return hashlib.sha256((folder / "a.mp4").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_clip_has_the_same_bytes_in_every_process(encoding, tmp_path):
+    """Work that is taken up again encodes the rest in another process."""
+    hashes = {run_ranks(_encode_two, 1, tmp_path, tmp_path, seed, encoding)[0] for seed in range(40)}
+    assert len(hashes) == 1
