@@ -44,8 +44,8 @@ WORK = {
     "convert calvin": ["convert", "calvin", "ROOT", "TARGET", "--points", "64", "--size", "32"],
     "generate zarr": ["generate", "TARGET", "--tasks", "open_drawer", "--observations", "state", "--episodes-per-task", "30"],
     "generate lerobot": [
-        *["generate", "TARGET", "--format", "lerobot", "--pictures", "h264", "--tasks", "open_drawer"],
-        *["--observations", "state,images", "--camera-size", "32", "--episodes-per-task", "16"],
+        *["generate", "TARGET", "--format", "lerobot", "--tasks", "open_drawer"],
+        *["--observations", "state,images", "--camera-size", "64", "--episodes-per-task", "16"],
     ],
 }
 
