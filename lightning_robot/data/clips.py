@@ -42,7 +42,7 @@ class Encoding:
 
 ENCODINGS = {
     "av1": Encoding("av1", "libsvtav1", "yuv420p", {"g": "2", "crf": "30", "preset": "12", "svtav1-params": "lp=1"}),
-    # Without mbtree: on small pictures x264 lets it read memory that nobody has written, and bytes differ between runs.
+    # Without mbtree: its motion search reads memory that nobody has written (x264 165), and bytes differ between processes.
     "h264": Encoding("h264", "libx264", "yuv420p", {"g": "2", "crf": "18", "bf": "0", "preset": "medium", "mbtree": "0"}),
 }
 """Of colour pictures; the first with the settings of LeRobot's own recordings."""
